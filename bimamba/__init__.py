@@ -1,0 +1,3 @@
+"""BiMamba: bidirectional Mamba-2 for images and DNA."""
+
+__version__ = "0.1.0"
