@@ -1,0 +1,352 @@
+"""The public scans: arguments are validated here, once, and a backend is chosen. See `bimamba_chunk_scan_combined`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from .chunked import best_chunk, ssd_chunked
+from .reference import Direction, ssd_reference
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+MAX_SIZE = 256  # of p and n in the Triton kernels
+INF = float("inf")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def bimamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor | tuple[Tensor, Tensor],
+    A: Tensor | tuple[Tensor, Tensor],
+    B: Tensor | tuple[Tensor, Tensor],
+    C: Tensor | tuple[Tensor, Tensor],
+    chunk_size: int | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | tuple[Tensor, Tensor] | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    seq_idx: Tensor | None = None,
+    initial_states: tuple[Tensor | None, Tensor | None] | None = None,
+    return_final_states: bool = False,
+    backend: str = "auto",
+    *,
+    shift: bool = False,
+    save_states: bool | None = None,
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Bidirectional Mamba-2 scan, `y = (SS(x) + flip(SS(flip(x))) + D x) * SiLU(z)`.
+
+    `SS` is the state-space dual operator of Dao and Gu, "Transformers are SSMs" (2024, arXiv:2405.21060), with
+    `delta = clamp(softplus(dt + dt_bias), *dt_limit)`, `h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T` and
+    `y_t = h_t C_t`. `D x` counts once, a token's own contribution through the state in both directions.
+
+    Args:
+        x: `(b, l, h, p)`, bf16, fp16, fp32 or fp64 (fp64: backends torch and reference). Any length, p and n.
+        dt: `(b, l, h)`, a float dtype. `dt, A, B, C, dt_bias` may each be a pair (forward, backward): a direction then
+            reads parameters of its own.
+        A: `(h)`, negative. Positive values make the state grow without bound; only `BIMAMBA_DEBUG=1` checks it, since
+            a check must wait for the device.
+        B, C: `(b, l, g, n)` with `h % g == 0`, in the dtype of `x`.
+        chunk_size: upper bound of the chunk length on the torch backend, None for the fastest. The Triton kernels
+            choose their own. It never changes the result beyond rounding.
+        D: `(h)` or `(h, p)`. z: `(b, l, h, p)`, gates the output. dt_bias: `(h)`.
+        dt_softplus: whether softplus is applied to `dt + dt_bias`.
+        dt_limit: (least, largest) step size; its gradient is zero where it is clamped.
+        seq_idx: `(b, l)` int32 or int64, not decreasing along a row (checked by `BIMAMBA_DEBUG=1`): nothing crosses
+            from one value to the next, in either direction, so that several sequences share a row.
+        initial_states: pair (before the first token, after the last token), each `(b, h, p, n)` or None.
+        return_final_states: also return the pair (after the last token of the forward direction, after the first of
+            the backward direction), `(b, h, p, n)` in float32 each.
+        backend: "auto" (Triton on GPUs that have it, else torch), "triton", "torch" or "reference" (the recurrence, for
+            tests). The environment variable `BIMAMBA_BACKEND` replaces "auto".
+        shift: Hydra's quasi-separable form (Hwang et al. 2024, arXiv:2407.09941), `shift(SS(x)) +
+            flip(shift(SS(flip(x)))) + D x`: a token sees the others through the states and itself through `D` alone.
+        save_states: Triton: keep the passed chunk states for the backward pass (True), or recompute them (False: less
+            memory, 10-20 % more time); None chooses by size.
+
+    Returns:
+        `y (b, l, h, p)` in the dtype of `x`, or `(y, (final_forward, final_backward))`.
+
+    Raises:
+        ValueError: an argument has a rank, size, dtype or device that does not fit; the message names it.
+
+    float32 products are exact unless `torch.set_float32_matmul_precision("high")` allows TF32.
+    """
+    shared = dict(dt=dt, A=A, B=B, C=C, dt_bias=dt_bias)
+    forward = Direction(**{k: v[0] if _is_pair(v, k) else v for k, v in shared.items()})
+    untied = any(isinstance(v, (tuple, list)) for v in shared.values())
+    backward = Direction(**{k: v[1] if _is_pair(v, k) else v for k, v in shared.items()}) if untied else forward
+    if initial_states is None:
+        initial_states = (None, None)
+    elif not isinstance(initial_states, (tuple, list)) or len(initial_states) != 2:
+        raise ValueError(
+            f"initial_states: expected a pair (forward, backward) of tensors or None, got {_describe(initial_states)}"
+        )
+    y, final_forward, final_backward = _scan(
+        x,
+        forward,
+        backward,
+        chunk_size=chunk_size,
+        D=D,
+        z=z,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        seq_idx=seq_idx,
+        initial_states=tuple(initial_states),
+        return_final_states=return_final_states,
+        backend=backend,
+        shift=shift,
+        save_states=save_states,
+    )
+    return (y, (final_forward, final_backward)) if return_final_states else y
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    backend: str = "auto",
+    *,
+    save_states: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal Mamba-2 scan, `y = (SS(x) + D x) * SiLU(z)`; arguments as of `bimamba_chunk_scan_combined`.
+
+    `initial_states` and the final state returned are one tensor `(b, h, p, n)` each.
+
+    Raises:
+        ValueError: an argument has a rank, size, dtype or device that does not fit; the message names it.
+    """
+    y, final, _ = _scan(
+        x,
+        Direction(dt, A, B, C, dt_bias),
+        None,
+        chunk_size=chunk_size,
+        D=D,
+        z=z,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        seq_idx=seq_idx,
+        initial_states=(initial_states, None),
+        return_final_states=return_final_states,
+        backend=backend,
+        shift=False,
+        save_states=save_states,
+    )
+    return (y, final) if return_final_states else y
+
+
+def _scan(
+    x: Tensor,
+    forward: Direction,
+    backward: Direction | None,
+    *,
+    chunk_size: int | None,
+    return_final_states: bool,
+    backend: str,
+    save_states: bool | None,
+    **options,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    _validate(x, forward, backward, chunk_size, **options)
+    if torch.is_autocast_enabled(x.device.type):  # the scan keeps its inputs' dtypes: decays and states are float32
+        forward, backward, z = _cast(x.dtype, forward, backward, options["z"])
+        options["z"] = z
+    backend = choose_backend(x, forward.B.shape[-1], backend)
+    if backend == "triton":
+        return _triton(x, forward, backward, return_final_states=return_final_states, save_states=save_states, **options)
+    if backend == "reference":
+        y, *finals = ssd_reference(x, forward, backward, **options)
+        return y.to(x.dtype), *finals
+    q = min(chunk_size or MAX_SIZE, best_chunk(x.shape[-1], forward.B.shape[-1]))
+    return ssd_chunked(x, forward, backward, chunk_size=q, **options)
+
+
+def _triton(x: Tensor, forward: Direction, backward: Direction | None, *, initial_states, **options):
+    from . import binding
+
+    own = {}
+    if backward is not None and backward is not forward:
+        own = {f"{name}_back": value for name, value in backward._asdict().items()}
+    allow_tf32 = torch.get_float32_matmul_precision() != "highest"
+    return binding.chunk_scan(
+        x,
+        *forward[:4],
+        dt_bias=forward.dt_bias,
+        **own,
+        initial_states=initial_states,
+        bidirectional=backward is not None,
+        allow_tf32=allow_tf32,
+        **options,
+    )
+
+
+def _cast(dtype: torch.dtype, forward: Direction, backward: Direction | None, z: Tensor | None):
+    """Under autocast a block hands over `x`, `B`, `C`, `z` in mixed dtypes: all take that of `x`."""
+
+    def cast(d: Direction) -> Direction:
+        return d._replace(B=d.B.to(dtype), C=d.C.to(dtype))
+
+    tied = backward is forward
+    forward = cast(forward)
+    backward = forward if tied else (None if backward is None else cast(backward))
+    return forward, backward, None if z is None else z.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- backend
+
+_said: set[str] = set()
+
+
+def choose_backend(x: Tensor, n: int, backend: str = "auto") -> str:
+    """The backend that serves `x (b, l, h, p)` with state size `n`: "triton", "torch" or "reference".
+
+    "auto" falls back to torch only where Triton or a GPU is missing, or where the kernels cannot serve the size or
+    dtype; on a GPU it says so once. A kernel that fails to compile raises.
+
+    Raises:
+        ValueError: an unknown backend, or Triton demanded where it cannot serve.
+    """
+    source = "backend"
+    if backend == "auto" and os.environ.get("BIMAMBA_BACKEND"):
+        backend, source = os.environ["BIMAMBA_BACKEND"], "BIMAMBA_BACKEND"
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {BACKENDS}, got {backend!r}")
+    if backend in ("torch", "reference") or (backend == "auto" and x.device.type == "cpu"):
+        return "torch" if backend == "auto" else backend
+    why = _no_triton(x, n)
+    if why is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"{source}='triton' was demanded, but {why}; use backend='torch' or 'auto'")
+    _warn_once(f"bimamba runs its PyTorch path on {x.device.type}: {why}")
+    return "torch"
+
+
+@torch.compiler.disable(recursive=False)
+def _warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def _no_triton(x: Tensor, n: int) -> str | None:
+    try:
+        from . import binding
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if x.dtype == torch.float64:
+        return "the kernels compute in float32, and x is float64"
+    if max(x.shape[-1], n) > MAX_SIZE:
+        return f"the kernels take p and n up to {MAX_SIZE}, got p={x.shape[-1]}, n={n}"
+    return binding.unavailable(x)
+
+
+# ---------------------------------------------------------------------------------------------------- validation
+
+
+def _is_pair(value, name: str) -> bool:
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"{name}: expected a tensor or a pair (forward, backward), got {len(value)} values")
+        return True
+    return False
+
+
+def _describe(value) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
+    return f"{type(value).__name__} {value!r}" if not isinstance(value, (tuple, list)) else f"{len(value)} values"
+
+
+def _expect(name: str, value, shape: tuple[int, ...], axes: str, x: Tensor, dtypes=FLOATS, optional=True) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor {axes} = {shape}, got {_describe(value)}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {axes} = {shape}, got {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected the device of x, {x.device}, got {value.device}")
+
+
+def _validate(
+    x: Tensor,
+    forward: Direction,
+    backward: Direction | None,
+    chunk_size: int | None,
+    *,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    seq_idx: Tensor | None,
+    initial_states: tuple[Tensor | None, Tensor | None],
+    shift: bool,
+) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"x: expected a tensor (b, l, h, p) with no empty dimension, got {_describe(x)}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x: expected a float dtype, got {x.dtype}")
+    b, l, h, p = x.shape
+    same = FLOATS if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+    g = n = 0
+    for direction, which in ((forward, "forward "), (backward, "backward ")):
+        if direction is None or (direction is forward and which == "backward "):
+            continue
+        which = "" if backward is None or backward is forward else which
+        _expect(f"{which}dt", direction.dt, (b, l, h), "(b, l, h)", x, optional=False)
+        _expect(f"{which}A", direction.A, (h,), "(h)", x, optional=False)
+        B = direction.B
+        if not isinstance(B, Tensor) or B.dim() != 4 or B.shape[:2] != x.shape[:2] or 0 in B.shape or h % B.shape[2]:
+            raise ValueError(
+                f"{which}B: expected (b, l, g, n) = ({b}, {l}, g, n) with g dividing h = {h}, got {_describe(B)}"
+            )
+        if direction is forward:
+            g, n = B.shape[2:]
+        _expect(f"{which}B", B, (b, l, g, n), "(b, l, g, n)", x, same)
+        _expect(f"{which}C", direction.C, (b, l, g, n), "(b, l, g, n)", x, same, optional=False)
+        _expect(f"{which}dt_bias", direction.dt_bias, (h,), "(h)", x)
+    if backward is not None and (forward.dt_bias is None) != (backward.dt_bias is None):
+        raise ValueError("dt_bias: expected one for both directions or for neither, got one for a single direction")
+    if isinstance(D, Tensor) and D.dim() == 2:
+        _expect("D", D, (h, p), "(h, p)", x)
+    else:
+        _expect("D", D, (h,), "(h) or (h, p)", x)
+    _expect("z", z, (b, l, h, p), "(b, l, h, p)", x, same)
+    _expect("seq_idx", seq_idx, (b, l), "(b, l)", x, (torch.int32, torch.int64))
+    for state, which in zip(initial_states, ("forward", "backward"), strict=True):
+        _expect(f"initial_states ({which})", state, (b, h, p, n), "(b, h, p, n)", x)
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
+    if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit: expected (least, largest) with 0 <= least <= largest, got {dt_limit!r}")
+    if os.environ.get("BIMAMBA_DEBUG", "0") not in ("", "0") and not torch.compiler.is_compiling():
+        _validate_values(forward, backward, seq_idx)
+
+
+def _validate_values(forward: Direction, backward: Direction | None, seq_idx: Tensor | None) -> None:
+    """What only the values show; waits for the device, so it runs under `BIMAMBA_DEBUG=1` alone."""
+    for A in {id(d.A): d.A for d in (forward, backward) if d is not None}.values():
+        if not (A < 0).all():
+            raise ValueError(f"A: expected negative values, got a largest of {A.max().item():g}")
+    if seq_idx is not None and (seq_idx.diff(dim=1) < 0).any():
+        row = int((seq_idx.diff(dim=1) < 0).any(dim=1).nonzero()[0])
+        raise ValueError(f"seq_idx: expected values that do not decrease along a row, got a decrease in row {row}")
+
+
