@@ -16,8 +16,8 @@ import time
 import torch
 from torch import Tensor
 
-from bimamba.ops.ssd import bimamba_chunk_scan_combined
-from bimamba.ops.ssd.chunked import best_chunk
+from bimamba.ops.ssd.chunked import best_chunk, ssd_chunked
+from bimamba.ops.ssd.reference import Direction
 
 
 def segment_sums(a: Tensor) -> Tensor:
@@ -80,7 +80,11 @@ def main() -> None:
     def step(scan):
         return lambda: torch.autograd.grad(scan(*inputs), inputs, dy)
 
-    y = bimamba_chunk_scan_combined(*inputs, 64, backend="torch")
+    def bidirectional(x: Tensor, *parameters: Tensor, q: int) -> Tensor:
+        direction = Direction(*parameters)
+        return ssd_chunked(x, direction, direction, chunk_size=q)[0]
+
+    y = bidirectional(*inputs, q=64)
     error = ((y - flipped(*inputs, 64)).norm() / y.norm()).item()
     print(f"b{b} l{l} h{h} p{p} g1 n{n} float32, {torch.get_num_threads()} threads; relative difference {error:.1e}")
     base = {q: milliseconds(step(lambda *t, q=q: flipped(*t, q)), args.repeats) for q in (32, 64, 128)}
@@ -88,7 +92,7 @@ def main() -> None:
         print(f"two flipped causal scans, chunk {q:<4} {ms:8.1f} ms")
     fastest = min(base.values())
     for q in args.chunks or [best_chunk(p, n)]:
-        ms = milliseconds(step(lambda *t, q=q: bimamba_chunk_scan_combined(*t, q, backend="torch")), args.repeats)
+        ms = milliseconds(step(lambda *t, q=q: bidirectional(*t, q=q)), args.repeats)
         print(f"bidirectional scan, chunk {q:<10} {ms:8.1f} ms   {ms / fastest:.2f} of the fastest flipped form")
 
 

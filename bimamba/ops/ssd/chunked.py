@@ -159,10 +159,11 @@ def _pass(own: Tensor, decay: Tensor, state: Tensor | None, g: int, n: int, idx,
     else:
         carry = state.to(own.dtype).view(b, g, h // g, p, n).permute(0, 1, 4, 2, 3)
     before = []
-    order = range(c - 1, -1, -1) if reverse else range(c)
-    for i in order:
+    # unbind, not own[:, i]: the gradient of an index is a tensor of the full size, for every chunk
+    chunks = list(zip(own.unbind(1), decay.unbind(1), strict=True))
+    for own_states, crossed in reversed(chunks) if reverse else chunks:
         before.append(carry)
-        carry = torch.addcmul(own[:, i], carry, decay[:, i])
+        carry = torch.addcmul(own_states, carry, crossed)
     if reverse:
         before.reverse()
     final = carry.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
@@ -186,8 +187,9 @@ def _within(parts, tied: bool, shift: bool, idx: Tensor | None, h: int) -> Tenso
         return C.transpose(2, 3) @ B.permute(0, 1, 3, 4, 2)
 
     def exponent(row: Tensor, column: Tensor) -> Tensor:  # (b, c, h, q, q)
-        row, column = row.transpose(2, 3), column.transpose(2, 3)
-        return row[..., :, None] - column[..., None, :]
+        # the sign is turned on the vector: autograd would otherwise negate the gradient of the whole matrix
+        row, column = row.transpose(2, 3), -column.transpose(2, 3)
+        return row[..., :, None] + column[..., None, :]
 
     def apply(CB: Tensor, exponent: Tensor, keep: Tensor | None, xd: Tensor) -> Tensor:
         if keep is not None:
