@@ -1,0 +1,5 @@
+"""Backbones and classifiers."""
+
+from .classifier import Backbone, Classifier, Head
+
+__all__ = ["Backbone", "Classifier", "Head"]

@@ -1,0 +1,27 @@
+"""Modules: mixers, residual blocks, embeddings and pooling."""
+
+from .attention import Attention
+from .block import MLP, Block, DropPath, LayerScale
+from .embedding import NucleotideEmbedding, PatchEmbedding, PixelEmbedding, Positions
+from .mamba2 import BiMamba2, Mamba2, RMSNormGated
+from .pooling import AttentionPooling, ClassTokenPooling, MaxPooling, MeanPooling, Pooling
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "AttentionPooling",
+    "BiMamba2",
+    "Block",
+    "ClassTokenPooling",
+    "DropPath",
+    "LayerScale",
+    "Mamba2",
+    "MaxPooling",
+    "MeanPooling",
+    "NucleotideEmbedding",
+    "PatchEmbedding",
+    "PixelEmbedding",
+    "Pooling",
+    "Positions",
+    "RMSNormGated",
+]

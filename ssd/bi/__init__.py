@@ -1,0 +1,1 @@
+"""Bidirectional scan at the import path of Bi-Mamba2."""

@@ -1,0 +1,1 @@
+"""Causal scan at the import path of Bi-Mamba2."""

@@ -166,7 +166,9 @@ def _scan(
         options["z"] = z
     backend = choose_backend(x, forward.B.shape[-1], backend)
     if backend == "triton":
-        return _triton(x, forward, backward, return_final_states=return_final_states, save_states=save_states, **options)
+        return _triton(
+            x, forward, backward, return_final_states=return_final_states, save_states=save_states, **options
+        )
     if backend == "reference":
         y, *finals = ssd_reference(x, forward, backward, **options)
         return y.to(x.dtype), *finals
@@ -348,5 +350,3 @@ def _validate_values(forward: Direction, backward: Direction | None, seq_idx: Te
     if seq_idx is not None and (seq_idx.diff(dim=1) < 0).any():
         row = int((seq_idx.diff(dim=1) < 0).any(dim=1).nonzero()[0])
         raise ValueError(f"seq_idx: expected values that do not decrease along a row, got a decrease in row {row}")
-
-

@@ -44,7 +44,7 @@ def ssd_chunked(
     bf16 and fp16 inputs are computed in float32. `chunk_size` None chooses the fastest; it does not change the result.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    b, l, h, p = x.shape
+    _, l, h, p = x.shape
     g, n = forward.B.shape[2:]
     q = min(chunk_size or best_chunk(p, n), l)
     pad = -l % q
@@ -117,7 +117,7 @@ def best_chunk(p: int, n: int) -> int:
 
 
 def _own_states(xd: Tensor, weight: Tensor, B: Tensor, total: Tensor, g: int, idx: Tensor | None, reverse: int):
-    """`sum_j weight_j delta_j x_j B_j^T` of each chunk, `(b, c, g, n, h/g * p)`, and the decay across it, `(b, c, h)`."""
+    """`sum_j weight_j delta_j x_j B_j^T` a chunk, `(b, c, g, n, h/g * p)`, and the decay across it, `(b, c, h)`."""
     decay = torch.exp(total)
     if idx is not None:
         edge = idx[:, :, :1] if reverse else idx[:, :, -1:]
@@ -129,7 +129,7 @@ def _own_states(xd: Tensor, weight: Tensor, B: Tensor, total: Tensor, g: int, id
 
 
 def _crosses(idx: Tensor, reverse: int) -> Tensor:
-    """Whether what enters a chunk leaves it on the other side, `(b, c)`: its two ends and the entry are one sequence."""
+    """Whether what enters a chunk leaves it, `(b, c)`: its two ends and the entry are one sequence."""
     enters = _entering(idx, reverse)
     leaves = idx[:, :, 0] if reverse else idx[:, :, -1]
     return leaves == enters
@@ -176,7 +176,7 @@ def _per_group(y: Tensor) -> Tensor:
 
 
 def _within(parts, tied: bool, shift: bool, idx: Tensor | None, h: int) -> Tensor:
-    """The output that a chunk's own tokens give, `(b, c, q, h, p)`, for all directions by one product if they are tied."""
+    """The output that a chunk's own tokens give, `(b, c, q, h, p)`, by one product for tied directions."""
     q = parts[0][2].shape[2]
     i = torch.arange(q, device=parts[0][2].device)
     lower = i[:, None] > i[None, :] if shift else i[:, None] >= i[None, :]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Direction(NamedTuple):
-    """The parameters that one direction of the scan reads: `dt (b, l, h)`, `A (h)`, `B, C (b, l, g, n)`, `dt_bias (h)`."""
+    """What one direction of the scan reads: `dt (b, l, h)`, `A (h)`, `B, C (b, l, g, n)`, `dt_bias (h)`."""
 
     dt: Tensor
     A: Tensor

@@ -1,0 +1,147 @@
+"""Backbone = blocks and a norm; classifier = embedding, backbone, pooling, head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bimamba.nn import BiMamba2, Block, MeanPooling, NucleotideEmbedding, PatchEmbedding
+from bimamba.spec import DataSpec
+
+
+class Backbone(nn.Module):
+    """`depth` pre-norm blocks and a last norm: `(b, l, d_model)` to `(b, l, d_model)`.
+
+    Args:
+        d_model, depth: width and number of blocks. mixer: makes a block's mixer from `d_model`.
+        mlp, mlp_ratio, layer_scale, dropout: see `Block`.
+        drop_path: rate of stochastic depth of the last block; it rises linearly from zero at the first.
+        checkpoint_blocks: keep only the blocks' inputs for the backward pass and recompute the rest.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        depth: int,
+        mixer: Callable[..., nn.Module],
+        mlp: str | None = None,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        dropout: float = 0.0,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth: expected at least 1, got {depth}")
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(d_model, mixer, mlp, mlp_ratio, rate, layer_scale, dropout) for rate in rates)
+        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.checkpoint_blocks = checkpoint_blocks
+        branches = depth * (1 if mlp is None else 2)
+        for name, parameter in self.named_parameters():
+            if name.endswith("out_proj.weight"):  # GPT-2: the residual stream's variance stays that of one branch
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        """x: `(b, l, d_model)`; mask: `(b, l)` bool, False at padding; seq_idx: `(b, l)`, packed sequences."""
+        for block in self.blocks:
+            if self.checkpoint_blocks and self.training:
+                x = checkpoint(block, x, mask, seq_idx, use_reentrant=False)
+            else:
+                x = block(x, mask, seq_idx)
+        return self.norm(x)
+
+
+class Head(nn.Module):
+    """Dropout and a linear layer, `(b, d_model)` to `(b, num_outputs)`: logits, or values for regression."""
+
+    def __init__(self, d_model: int, num_outputs: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout, self.proj = nn.Dropout(dropout), nn.Linear(d_model, num_outputs)
+        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.dropout(x))
+
+
+class Classifier(nn.Module):
+    """Classifies images or sequences; also multilabel and regression, by the spec's `num_outputs`.
+
+    Args:
+        spec: what the data is; decides the input's size, the vocabulary and the number of outputs.
+        embedding: makes the embedding from `(spec, d_model)`; default patches for images, nucleotides for sequences.
+        pooling: makes the pooling from `d_model`. head_dropout: before the last layer.
+        The others are the `Backbone`'s.
+
+    Raises:
+        ValueError: sizes that do not fit each other or the data.
+
+    Example:
+        >>> spec = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACGTN", max_length=100)
+        >>> Classifier(spec, d_model=64, depth=2)(torch.randint(1, 5, (2, 100))).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        d_model: int = 128,
+        depth: int = 6,
+        embedding: Callable[..., nn.Module] | None = None,
+        mixer: Callable[..., nn.Module] = BiMamba2,
+        pooling: Callable[..., nn.Module] = MeanPooling,
+        mlp: str | None = None,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        dropout: float = 0.0,
+        head_dropout: float = 0.0,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        if embedding is None:
+            embedding = PatchEmbedding if spec.kind == "image" else NucleotideEmbedding
+        self.embedding = embedding(spec, d_model)
+        self.pooling = pooling(d_model)
+        self.backbone = Backbone(
+            d_model, depth, mixer, mlp, mlp_ratio, drop_path, layer_scale, dropout, checkpoint_blocks
+        )
+        self.head = Head(d_model, spec.num_outputs, head_dropout)
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            inputs: images `(b, c, height, width)` or token ids `(b, l)`.
+            mask: `(b, l)` bool, True for real tokens, padding at the end; None: no padding.
+
+        Returns:
+            `(b, num_outputs)`.
+
+        Raises:
+            ValueError: inputs of another shape than the spec's.
+        """
+        return self.head(self.features(inputs, mask))
+
+    def features(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The pooled vector before the head, `(b, d_model)`."""
+        self._check(inputs, mask)
+        x = self.embedding(inputs, mask)
+        x, mask = self.pooling.insert(x, mask)
+        return self.pooling(self.backbone(x, mask), mask)
+
+    def _check(self, inputs: Tensor, mask: Tensor | None) -> None:
+        spec = self.spec
+        if spec.kind == "image":
+            expected = (spec.channels, spec.height, spec.width)
+            if inputs.dim() != 4 or tuple(inputs.shape[1:]) != expected:
+                raise ValueError(f"inputs: expected (b, {', '.join(map(str, expected))}), got {tuple(inputs.shape)}")
+        elif inputs.dim() != 2:
+            raise ValueError(f"inputs: expected token ids (b, l), got {tuple(inputs.shape)}")
+        if mask is not None and tuple(mask.shape) != tuple(inputs.shape[:2]):
+            raise ValueError(f"mask: expected {tuple(inputs.shape[:2])}, got {tuple(mask.shape)}")

@@ -1,0 +1,103 @@
+"""The pre-norm residual block: mixer over tokens, then optionally an MLP over channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the residual branch of samples in training (Huang et al. 2016, arXiv:1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop_path: expected a rate in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class LayerScale(nn.Module):
+    """A learned factor a channel on the residual branch, small at the start (Touvron et al. 2021, arXiv:2103.17239)."""
+
+    def __init__(self, d_model: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((d_model,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class MLP(nn.Module):
+    """Two layers over the channels: "gelu", or "swiglu" (Shazeer 2020, arXiv:2002.05202) of 2/3 of the width."""
+
+    def __init__(self, d_model: int, ratio: float = 4.0, kind: str = "swiglu", dropout: float = 0.0) -> None:
+        super().__init__()
+        if kind not in ("gelu", "swiglu"):
+            raise ValueError(f"mlp: expected 'gelu' or 'swiglu', got {kind!r}")
+        self.gated = kind == "swiglu"
+        hidden = int(ratio * d_model)
+        if self.gated:
+            hidden = max(8, round(hidden * 2 / 3 / 8) * 8)
+        self.in_proj = nn.Linear(d_model, hidden * (2 if self.gated else 1))
+        self.out_proj = nn.Linear(hidden, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_proj(x)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x)
+        return self.out_proj(self.dropout(x))
+
+
+class Block(nn.Module):
+    """`x = x + mixer(norm(x))`, then `x = x + mlp(norm(x))` if there is an MLP.
+
+    Args:
+        d_model: width. mixer: makes the mixer from `d_model`; it maps `(b, l, d_model), mask, seq_idx` to `(b, l, d_model)`.
+        mlp: None, "gelu" or "swiglu". mlp_ratio: hidden width over `d_model`.
+        drop_path: rate of stochastic depth. layer_scale: first value of the branch's factors, None for none.
+        dropout: on the branches, and inside the MLP.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        mixer: Callable[..., nn.Module],
+        mlp: str | None = None,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+
+        def scale() -> nn.Module:
+            return nn.Identity() if layer_scale is None else LayerScale(d_model, layer_scale)
+
+        self.norm1, self.mixer, self.scale1 = nn.RMSNorm(d_model, eps=1e-5), mixer(d_model), scale()
+        self.mlp = None
+        if mlp is not None:
+            self.norm2, self.scale2 = nn.RMSNorm(d_model, eps=1e-5), scale()
+            self.mlp = MLP(d_model, mlp_ratio, mlp, dropout)
+        self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(self.scale1(self.dropout(self.mixer(self.norm1(x), mask, seq_idx))))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.scale2(self.dropout(self.mlp(self.norm2(x)))))
+        return x

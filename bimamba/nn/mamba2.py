@@ -1,0 +1,282 @@
+"""The Mamba-2 mixers: `BiMamba2`, in both directions, and `Mamba2`, causal. One implementation, a flag apart."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bimamba.ops.conv1d import ACTIVATIONS, depthwise_conv1d
+from bimamba.ops.gated_norm import rms_norm_gated
+from bimamba.ops.ssd import bimamba_chunk_scan_combined, mamba_chunk_scan_combined
+
+INF = float("inf")
+
+
+class RMSNormGated(nn.Module):
+    """`RMSNorm(y) * SiLU(z)`, or `RMSNorm(y * SiLU(z))`; see `rms_norm_gated`."""
+
+    def __init__(
+        self, d: int, eps: float = 1e-5, norm_before_gate: bool = True, group_size: int | None = None, **factory
+    ):
+        super().__init__()
+        self.eps, self.norm_before_gate, self.group_size = eps, norm_before_gate, group_size
+        self.weight = nn.Parameter(torch.ones(d, **factory))
+
+    def forward(self, y: Tensor, z: Tensor | None = None) -> Tensor:
+        return rms_norm_gated(y, z, self.weight, self.eps, self.norm_before_gate, self.group_size)
+
+
+class _Mamba2(nn.Module):
+    """in_proj -> depthwise convolution -> scan -> gated norm -> out_proj, `(b, l, d_model)` to the same."""
+
+    bidirectional: bool
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        d_conv: int,
+        conv_init: float | None,
+        expand: int,
+        headdim: int,
+        ngroups: int,
+        A_init_range: tuple[float, float],
+        dt_min: float,
+        dt_max: float,
+        dt_init_floor: float,
+        dt_limit: tuple[float, float],
+        learnable_init_states: bool,
+        activation: str,
+        bias: bool,
+        conv_bias: bool,
+        norm_before_gate: bool,
+        chunk_size: int,
+        use_mem_eff_path: bool,
+        layer_idx: int | None,
+        device,
+        dtype,
+        tied: bool = True,
+        shift: bool = False,
+    ) -> None:
+        super().__init__()
+        factory = dict(device=device, dtype=dtype)
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = expand * d_model
+        self.headdim, self.ngroups = headdim, ngroups
+        if self.d_inner % headdim:
+            raise ValueError(
+                f"headdim: expected a divisor of expand * d_model = {self.d_inner}, got {headdim}; "
+                f"choose headdim, expand or d_model so that they fit"
+            )
+        self.nheads = self.d_inner // headdim
+        if self.nheads % ngroups:
+            raise ValueError(f"ngroups: expected a divisor of the {self.nheads} heads, got {ngroups}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
+        self.activation, self.dt_limit = activation, tuple(dt_limit)
+        self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
+        self.tied, self.shift = tied, shift
+        self.directions = 1 if tied else 2
+
+        d_BC = self.ngroups * d_state
+        self.in_proj = nn.Linear(
+            d_model, 2 * self.d_inner + self.directions * (2 * d_BC + self.nheads), bias=bias, **factory
+        )
+        d_xBC = self.d_inner + self.directions * 2 * d_BC
+        # Holds the parameters alone: the convolution itself runs channels last, with padding and packing respected.
+        self.conv1d = nn.Conv1d(d_xBC, d_xBC, d_conv, groups=d_xBC, bias=conv_bias, **factory)
+        if conv_init is not None:
+            nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
+        if learnable_init_states:
+            states = torch.zeros(2 if self.bidirectional else 1, self.nheads, headdim, d_state, **factory)
+            self.init_states = _no_decay(nn.Parameter(states))
+        else:
+            self.register_parameter("init_states", None)
+
+        heads = self.directions * self.nheads
+        dt = torch.exp(torch.rand(heads, device=device) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
+        dt = dt.clamp(min=dt_init_floor)
+        self.dt_bias = _no_decay(nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype)))  # softplus inverted
+        A = torch.empty(heads, device=device).uniform_(*A_init_range)
+        self.A_log = _no_decay(nn.Parameter(torch.log(A).to(dtype)))
+        self.D = _no_decay(nn.Parameter(torch.ones(self.nheads, **factory)))
+        self.norm = RMSNormGated(self.d_inner, norm_before_gate=norm_before_gate, **factory)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+
+    def forward(self, u: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            u: `(b, l, d_model)`.
+            mask: `(b, l)` bool, True for real tokens; padding, before or after them, does not change their output.
+            seq_idx: `(b, l)` ints that do not decrease along a row: sequences packed into one row.
+
+        Returns:
+            `(b, l, d_model)`; rows at padding are not meaningful.
+
+        Raises:
+            ValueError: an input whose shape does not fit.
+        """
+        if u.dim() != 3 or u.shape[-1] != self.d_model:
+            raise ValueError(f"u: expected (b, l, d_model) with d_model = {self.d_model}, got {tuple(u.shape)}")
+        if mask is not None and mask.shape != u.shape[:2]:
+            raise ValueError(f"mask: expected shape (b, l) = {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
+        projected = self.in_proj(u)
+        if self.use_mem_eff_path and torch.is_grad_enabled():
+            # keeps the projection alone and recomputes convolution, scan, norm and output projection in backward
+            return checkpoint(self._after_projection, projected, mask, seq_idx, use_reentrant=False)
+        return self._after_projection(projected, mask, seq_idx)
+
+    def _after_projection(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+        d_BC = self.ngroups * self.d_state
+        z, xBC, dt = projected.split([self.d_inner, self.conv1d.in_channels, self.directions * self.nheads], dim=-1)
+        xBC = depthwise_conv1d(
+            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation, not self.bidirectional, mask, seq_idx
+        )
+        x, *BC = xBC.split([self.d_inner, *[d_BC] * 2 * self.directions], dim=-1)
+        x = x.unflatten(-1, (self.nheads, self.headdim))
+        Bs, Cs = ([t.unflatten(-1, (self.ngroups, self.d_state)) for t in BC[i::2]] for i in (0, 1))
+        y = self._scan(x, dt, Bs, Cs, mask, seq_idx)
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _scan(self, x: Tensor, dt: Tensor, Bs: list[Tensor], Cs: list[Tensor], mask, seq_idx) -> Tensor:
+        A = -torch.exp(self.A_log.float())
+        options = dict(dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit)
+        if mask is not None:
+            if self.dt_limit[0] > 0.0:  # a step size of zero at padding lies outside the limit: clamp before masking
+                dt = (
+                    F.softplus(dt.float() + self.dt_bias.float())
+                    .clamp(*self.dt_limit)
+                    .masked_fill(~mask[..., None], 0.0)
+                )
+                options = {}
+            else:
+                dt = dt.masked_fill(~mask[..., None], -1e4)  # softplus gives exactly 0: no decay, no contribution
+        states = None
+        if self.init_states is not None:
+            states = self.init_states[:, None].expand(-1, x.shape[0], -1, -1, -1)
+        common = dict(chunk_size=self.chunk_size, D=self.D, seq_idx=seq_idx)
+        if not self.bidirectional:
+            initial = None if states is None else states[0]
+            return mamba_chunk_scan_combined(x, dt, A, Bs[0], Cs[0], initial_states=initial, **common, **options)
+        if not self.tied:
+            dt, A = dt.chunk(2, dim=-1), A.chunk(2)
+            if options:
+                options["dt_bias"] = self.dt_bias.chunk(2)
+        B, C = (Bs[0], Cs[0]) if self.tied else (tuple(Bs), tuple(Cs))
+        initial = None if states is None else (states[0], states[1])
+        return bimamba_chunk_scan_combined(
+            x, dt, A, B, C, initial_states=initial, shift=self.shift, **common, **options
+        )
+
+    def extra_repr(self) -> str:
+        return f"nheads={self.nheads}, headdim={self.headdim}, d_state={self.d_state}, ngroups={self.ngroups}"
+
+
+class BiMamba2(_Mamba2):
+    """Bidirectional Mamba-2 mixer, `(b, l, d_model)` to `(b, l, d_model)`, at Bi-Mamba2's signature.
+
+    `y = SS(x) + flip(SS(flip(x))) + D x` with one set of projections, between a non-causal depthwise convolution and a
+    gated norm (Dao and Gu 2024, arXiv:2405.21060; Hwang et al. 2024, arXiv:2407.09941).
+
+    Args:
+        d_model: width of input and output. expand: `d_inner = expand * d_model`, split into heads of `headdim`.
+        d_state: n, the state size. ngroups: groups of heads that share B and C. d_conv: width of the convolution.
+        conv_init: draw the convolution's weights uniformly from (-conv_init, conv_init).
+        dt_min, dt_max, dt_init_floor: range of the step sizes at the start. dt_limit: range that they are clamped to.
+        learnable_init_states: learn the states before the first and after the last token.
+        activation: of the convolution. bias: of the projections. conv_bias: of the convolution.
+        chunk_size: see `bimamba_chunk_scan_combined`.
+        use_mem_eff_path: keep only the input projection for the backward pass and recompute the rest.
+        layer_idx: kept for callers that number their layers; not used.
+        tied: False gives each direction B, C, dt and A of its own. shift: Hydra's quasi-separable form.
+        A_init_range: `-A` is drawn uniformly from it. norm_before_gate: `RMSNorm(y) SiLU(z)`, else
+            `RMSNorm(y SiLU(z))`.
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown activation.
+    """
+
+    bidirectional = True
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        d_conv: int = 7,
+        conv_init: float | None = None,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, INF),
+        learnable_init_states: bool = False,
+        activation: str = "swish",
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 256,
+        use_mem_eff_path: bool = False,
+        layer_idx: int | None = None,
+        device=None,
+        dtype=None,
+        *,
+        tied: bool = True,
+        shift: bool = False,
+        A_init_range: tuple[float, float] = (1.0, 1.0),
+        norm_before_gate: bool = True,
+    ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__(**arguments)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Bi-Mamba2 allocates this layer and never uses it; its checkpoints load here without it.
+        state_dict.pop(f"{prefix}fc_D.weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Mamba2(_Mamba2):
+    """Causal Mamba-2 mixer (Dao and Gu 2024, arXiv:2405.21060); arguments as of `BiMamba2`."""
+
+    bidirectional = False
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        conv_init: float | None = None,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, INF),
+        learnable_init_states: bool = False,
+        activation: str = "swish",
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 256,
+        use_mem_eff_path: bool = False,
+        layer_idx: int | None = None,
+        device=None,
+        dtype=None,
+        *,
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+        norm_before_gate: bool = False,
+    ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__(**arguments)
+
+
+def _no_decay(parameter: nn.Parameter) -> nn.Parameter:
+    """Marks a parameter that weight decay must not touch (`bimamba.optim` reads the mark)."""
+    parameter._no_weight_decay = True
+    return parameter
