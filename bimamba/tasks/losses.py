@@ -1,0 +1,121 @@
+"""Per-sample losses for the four problems of a `DataSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bimamba.spec import DataSpec
+
+
+class SampleLoss(nn.Module):
+    """Cross entropy, binary cross entropy with logits, or mean squared error: one value per sample.
+
+    Losses stay per sample so that an epoch's loss is the exact mean over its samples whatever the batches were. A
+    weighted loss is `weight[label] · loss`, not divided by the batch's sum of weights (as `F.cross_entropy` does), for
+    the same reason; balanced weights have mean 1 over the training split, so the scale stays.
+
+    Args:
+        spec: decides the loss by its problem.
+        label_smoothing: in [0, 1), moves this share of the target to the uniform distribution; classification only.
+        class_weights: a weight per class (multiclass, binary), or `"balanced"`: N / (K · n_c) from `balance`.
+        pos_weight: a weight of the positive target (binary: one number; multilabel: one per label), or `"balanced"`:
+            negatives / positives from `balance`.
+
+    Raises:
+        ValueError: an option that the problem does not have, or of the wrong length or sign.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | str | None = None,
+        pos_weight: Sequence[float] | float | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.problem = spec.problem
+        self.label_smoothing = label_smoothing
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
+        if spec.problem == "regression" and (label_smoothing or class_weights is not None or pos_weight is not None):
+            raise ValueError("label_smoothing, class_weights and pos_weight have no meaning for regression")
+        if spec.problem == "multilabel" and class_weights is not None:
+            raise ValueError("class_weights have no meaning for a multilabel problem: use pos_weight")
+        if spec.problem == "multiclass" and pos_weight is not None:
+            raise ValueError("pos_weight has no meaning for a multiclass problem: use class_weights")
+        if class_weights is not None and pos_weight is not None:
+            raise ValueError("class_weights and pos_weight exclude each other: give one of the two")
+        option, name = (pos_weight, "pos_weight") if class_weights is None else (class_weights, "class_weights")
+        self.balanced = option == "balanced"
+        if isinstance(option, str) and not self.balanced:
+            raise ValueError(f"{name}: expected numbers, 'balanced' or null, got {option!r}")
+        # For multilabel the factor of positive targets, else the factor of each class; None as ones.
+        size = len(spec.class_names)
+        weight = torch.ones(size)
+        if option is not None and not self.balanced:
+            given = [float(v) for v in option] if isinstance(option, Sequence) else [float(option)]  # type: ignore[arg-type]
+            if name == "pos_weight" and spec.problem == "binary":
+                given = [1.0, *given]
+            if len(given) != size or min(given) <= 0:
+                expected = 1 if name == "pos_weight" and spec.problem == "binary" else size
+                raise ValueError(f"{name}: expected {expected} positive number(s), got {option}")
+            weight = torch.tensor(given)
+        self._by_pos_weight = name == "pos_weight"
+        self.register_buffer("weight", weight)
+
+    def balance(self, counts: Sequence[int], total: int) -> None:
+        """Compute balanced weights from the training split.
+
+        Args:
+            counts: samples of each class (multilabel: samples that have the label).
+            total: number of samples.
+
+        Raises:
+            ValueError: a class without a sample.
+        """
+        n = torch.as_tensor(counts, dtype=torch.float64)
+        if len(n) != len(self.weight) or n.min() <= 0:
+            raise ValueError(f"balanced weights need every class in the training split, got counts {list(counts)}")
+        if self.problem == "multilabel":
+            weight = (total - n) / n
+        elif self._by_pos_weight:
+            weight = torch.stack([torch.ones_like(n[0]), n[0] / n[1]])
+        else:
+            weight = total / (len(n) * n)
+        self.weight.copy_(weight)
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:  # (b, outputs), (b) or (b, k) -> (b)
+        logits = logits.float()
+        if self.problem == "regression":
+            return (logits - label.float()).square().mean(-1)
+        if self.problem == "multiclass":
+            loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing, reduction="none")
+            return loss * self.weight[label]
+        target = label.float().view_as(logits)
+        target = target * (1 - self.label_smoothing) + self.label_smoothing / 2
+        if self.problem == "binary":
+            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")[:, 0]
+            return loss * self.weight[label.long()]
+        loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=self.weight, reduction="none")
+        return loss.mean(-1)
+
+
+def probabilities(spec: DataSpec, logits: Tensor) -> Tensor:
+    """Logits `(b, outputs)` to float32 probabilities.
+
+    Returns:
+        multiclass `(b, k)`, sums to 1; binary `(b)`, of the positive class; multilabel `(b, k)`; regression `(b, k)`,
+        the values themselves.
+    """
+    logits = logits.float()
+    if spec.problem == "multiclass":
+        return logits.softmax(-1)
+    if spec.problem == "binary":
+        return logits[:, 0].sigmoid()
+    return logits.sigmoid() if spec.problem == "multilabel" else logits

@@ -1,0 +1,162 @@
+"""Metrics over a whole epoch, by problem. Input: probabilities as of `losses.probabilities`, and labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torchmetrics.classification as tmc
+import torchmetrics.regression as tmr
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from bimamba.spec import DataSpec
+
+
+class _BinaryBalancedAccuracy(tmc.MulticlassAccuracy):
+    """(sensitivity + specificity) / 2, from the probability of the positive class."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(num_classes=2, average="macro", **kwargs)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update((preds > 0.5).long(), target)
+
+
+class _BinaryMacroF1(tmc.MulticlassF1Score):
+    """Mean of the F1 scores of the two classes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(num_classes=2, average="macro", **kwargs)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update((preds > 0.5).long(), target)
+
+
+class _MultilabelBalancedAccuracy(tmc.MultilabelStatScores):
+    """Mean over labels of (sensitivity + specificity) / 2; a rate without any case counts as 0."""
+
+    def __init__(self, num_labels: int, **kwargs: Any) -> None:
+        super().__init__(num_labels=num_labels, average=None, **kwargs)
+
+    def compute(self) -> Tensor:
+        tp, fp, tn, fn, _ = super().compute().double().unbind(-1)
+        rates = torch.nan_to_num(tp / (tp + fn)) + torch.nan_to_num(tn / (tn + fp))
+        return (rates / 2).mean().float()
+
+
+class _MultilabelCalibrationError(tmc.BinaryCalibrationError):
+    """Calibration error over all (sample, label) pairs."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update(preds.flatten(), target.flatten())
+
+
+class _R2(tmr.R2Score):
+    """NaN instead of an exception where an epoch has one sample only (`trainer.fast_dev_run` with batches of one)."""
+
+    def compute(self) -> Tensor:
+        return super().compute() if self.total >= 2 else torch.full((), torch.nan, device=self.device)
+
+
+def _regression(outputs: int) -> dict[str, Metric]:
+    return {
+        "mse": tmr.MeanSquaredError(),
+        "mae": tmr.MeanAbsoluteError(),
+        "r2": _R2(),
+        "pearson": tmr.PearsonCorrCoef(num_outputs=outputs),
+        "spearman": tmr.SpearmanCorrCoef(num_outputs=outputs),
+    }
+
+
+def _binary(n_bins: int, thresholds: int | None) -> dict[str, Metric]:
+    o: dict[str, Any] = {"validate_args": False}
+    return {
+        "accuracy": tmc.BinaryAccuracy(**o),
+        "balanced_accuracy": _BinaryBalancedAccuracy(**o),
+        "sensitivity": tmc.BinaryRecall(**o),
+        "specificity": tmc.BinarySpecificity(**o),
+        "f1": tmc.BinaryF1Score(**o),
+        "f1_macro": _BinaryMacroF1(**o),
+        "mcc": tmc.BinaryMatthewsCorrCoef(**o),
+        "auroc": tmc.BinaryAUROC(thresholds=thresholds, **o),
+        "average_precision": tmc.BinaryAveragePrecision(thresholds=thresholds, **o),
+        "calibration_error": tmc.BinaryCalibrationError(n_bins=n_bins, **o),
+    }
+
+
+def _multiclass(k: int, n_bins: int, thresholds: int | None) -> dict[str, Metric]:
+    o: dict[str, Any] = {"num_classes": k, "validate_args": False}
+    return {
+        "accuracy": tmc.MulticlassAccuracy(average="micro", **o),
+        "balanced_accuracy": tmc.MulticlassAccuracy(average="macro", **o),
+        "f1": tmc.MulticlassF1Score(average="macro", **o),
+        "mcc": tmc.MulticlassMatthewsCorrCoef(**o),
+        "auroc": tmc.MulticlassAUROC(thresholds=thresholds, **o),
+        "average_precision": tmc.MulticlassAveragePrecision(thresholds=thresholds, **o),
+        "calibration_error": tmc.MulticlassCalibrationError(n_bins=n_bins, **o),
+    }
+
+
+def _multilabel(k: int, n_bins: int, thresholds: int | None) -> dict[str, Metric]:
+    o: dict[str, Any] = {"num_labels": k, "validate_args": False}
+    return {
+        "accuracy": tmc.MultilabelAccuracy(average="micro", **o),
+        "exact_match": tmc.MultilabelExactMatch(**o),
+        "balanced_accuracy": _MultilabelBalancedAccuracy(**o),
+        "f1": tmc.MultilabelF1Score(average="macro", **o),
+        "mcc": tmc.MultilabelMatthewsCorrCoef(**o),
+        "auroc": tmc.MultilabelAUROC(thresholds=thresholds, **o),
+        "average_precision": tmc.MultilabelAveragePrecision(thresholds=thresholds, **o),
+        "calibration_error": _MultilabelCalibrationError(n_bins=n_bins, validate_args=False),
+    }
+
+
+def make_metrics(spec: DataSpec, prefix: str, n_bins: int = 15, thresholds: int | None = None) -> MetricCollection:
+    """Every scalar metric of a problem, to be accumulated over an epoch and over processes.
+
+    - binary: accuracy, balanced_accuracy, sensitivity, specificity, f1 (of the positive class), f1_macro, mcc, auroc,
+      average_precision, calibration_error;
+    - multiclass: accuracy (share of samples), balanced_accuracy (mean recall of the classes), f1 (macro), mcc, auroc
+      (one against the rest, macro), average_precision (macro), calibration_error (of the top class, L1);
+    - multilabel: accuracy (over all pairs of sample and label), exact_match, balanced_accuracy, f1, auroc and
+      average_precision (macro over labels), mcc and calibration_error (over all pairs);
+    - regression: mse, mae, and the means over targets of r2, pearson and spearman.
+
+    Args:
+        spec: the problem and its classes.
+        prefix: of the names, for instance `"val/"`.
+        n_bins: of the calibration error.
+        thresholds: null keeps every probability of the epoch and is exact; a number bins auroc and average_precision,
+            which bounds memory for many classes and samples.
+    """
+    k = len(spec.class_names)
+    metrics = {
+        "regression": lambda: _regression(k),
+        "binary": lambda: _binary(n_bins, thresholds),
+        "multiclass": lambda: _multiclass(k, n_bins, thresholds),
+        "multilabel": lambda: _multilabel(k, n_bins, thresholds),
+    }[spec.problem]()
+    return MetricCollection(metrics, prefix=prefix)
+
+
+def make_train_metric(spec: DataSpec) -> Metric | None:
+    """Accuracy, the one metric besides the loss that is followed over training batches; None for regression."""
+    if spec.problem == "regression":
+        return None
+    if spec.problem == "binary":
+        return tmc.BinaryAccuracy(validate_args=False)
+    k = len(spec.class_names)
+    if spec.problem == "multilabel":
+        return tmc.MultilabelAccuracy(num_labels=k, average="micro", validate_args=False)
+    return tmc.MulticlassAccuracy(num_classes=k, average="micro", validate_args=False)
+
+
+def make_confusion_matrix(spec: DataSpec) -> Metric | None:
+    """Counts `(k, k)`, rows true and columns predicted (multilabel: `(k, 2, 2)`); None for regression."""
+    k = len(spec.class_names)
+    if spec.problem == "binary":
+        return tmc.BinaryConfusionMatrix(validate_args=False)
+    if spec.problem == "multiclass":
+        return tmc.MulticlassConfusionMatrix(num_classes=k, validate_args=False)
+    return tmc.MultilabelConfusionMatrix(num_labels=k, validate_args=False) if spec.problem == "multilabel" else None
