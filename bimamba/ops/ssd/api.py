@@ -245,14 +245,14 @@ def _warn_once(message: str) -> None:
 
 
 def _no_triton(x: Tensor, n: int) -> str | None:
-    try:
-        from . import binding
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
     if x.dtype == torch.float64:
         return "the kernels compute in float32, and x is float64"
     if max(x.shape[-1], n) > MAX_SIZE:
         return f"the kernels take p and n up to {MAX_SIZE}, got p={x.shape[-1]}, n={n}"
+    try:
+        from . import binding
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
     return binding.unavailable(x)
 
 
