@@ -1,0 +1,264 @@
+"""The Triton scan as PyTorch operators: `bimamba::scan` and `bimamba::scan_backward`, their fakes, and autograd.
+
+No mathematics here: `kernels/scan.py` holds the passes. Arguments are valid when they arrive (`api.py` checks them).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .kernels.choose import Problem, choose
+from .kernels.scan import Inputs, Saved, scan_backward, scan_forward
+from .kernels.states import states_kernel
+
+INF = float("inf")
+
+# Saved states cost as many bytes as x at p = n = 64, recomputing them 10-20 % of a step: beyond this size memory counts
+SAVE_STATES_BYTES = 2**30
+
+
+def unavailable(x: Tensor) -> str | None:
+    """Why Triton cannot serve the device of `x`; None if it can. Triton's interpreter serves the CPU."""
+    interpreted = not isinstance(states_kernel, triton.runtime.JITFunction)
+    if interpreted:
+        return None
+    if x.device.type != "cuda":
+        return f"Triton kernels run on CUDA and ROCm devices (or with TRITON_INTERPRET=1 on the CPU), not on {x.device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name(x.device)} has less"
+    return None
+
+
+def chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    dt_back: Tensor | None = None,
+    A_back: Tensor | None = None,
+    B_back: Tensor | None = None,
+    C_back: Tensor | None = None,
+    dt_bias_back: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, INF),
+    seq_idx: Tensor | None = None,
+    initial_states: tuple[Tensor | None, Tensor | None] = (None, None),
+    return_final_states: bool = False,
+    bidirectional: bool = True,
+    shift: bool = False,
+    save_states: bool | None = None,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`(y, final_forward, final_backward)` of the scan of DESIGN section 3; see `api.bimamba_chunk_scan_combined`.
+
+    x, z `(b, l, h, p)`; dt `(b, l, h)`; A, dt_bias `(h)`; B, C `(b, l, g, n)`; D `(h)` or `(h, p)`; seq_idx `(b, l)`;
+    states `(b, h, p, n)`. `y` in the dtype of x, final states fp32, None unless asked for. A direction has parameters
+    of its own where all of `*_back` are given.
+    """
+    # Contiguous once, here, where autograd sees it: what is saved for the backward pass is then the copy
+    x, B, C, z = (_contiguous(t, x.dtype) for t in (x, B, C, z))
+    B_back, C_back = (_contiguous(t, x.dtype) for t in (B_back, C_back))
+    dt, dt_back = (_contiguous(t, _dt_dtype(t)) for t in (dt, dt_back))
+    seq_idx = _contiguous(seq_idx, torch.int32)
+    state = initial_states[0] if initial_states[0] is not None else initial_states[1]
+    if state is not None and bidirectional:
+        initial_states = tuple(torch.zeros_like(state) if t is None else t for t in initial_states)
+    tensors = (x, dt, A, B, C, dt_back, A_back, B_back, C_back, dt_bias, dt_bias_back, D, z, seq_idx, *initial_states)
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if save_states is None:
+        save_states = _states_bytes(x, B, bidirectional) <= SAVE_STATES_BYTES
+    least, largest = dt_limit
+    y, ends, *_ = torch.ops.bimamba.scan(
+        *tensors,
+        dt_softplus,
+        float(least),
+        float(largest),
+        bidirectional,
+        shift,
+        return_final_states,
+        train,
+        train and save_states,
+        allow_tf32,
+    )
+    if not return_final_states:
+        return y, None, None
+    return y, ends[0], ends[1] if bidirectional else None
+
+
+def _contiguous(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype).contiguous()
+
+
+def _dt_dtype(dt: Tensor | None) -> torch.dtype:
+    return torch.float32 if dt is None or dt.dtype == torch.float64 else dt.dtype
+
+
+def _states_bytes(x: Tensor, B: Tensor, bidirectional: bool) -> int:
+    """About: at a chunk of 128."""
+    b, l, h, p = x.shape
+    return b * (l // 128 + 1) * h * (2 if bidirectional else 1) * p * B.shape[-1] * x.element_size()
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+ARGUMENTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? dt_back, Tensor? A_back, Tensor? B_back, "
+    "Tensor? C_back, Tensor? dt_bias, Tensor? dt_bias_back, Tensor? D, Tensor? z, Tensor? seq_idx, "
+    "Tensor? initial_forward, Tensor? initial_backward, "
+    "bool dt_softplus, float least, float largest, bool bidirectional, bool shift"
+)
+TENSORS = 16  # of ARGUMENTS
+
+_library = torch.library.Library("bimamba", "DEF")
+# `ends` (directions, b, h, p, n) if final; `states`, `rows` if save; `ungated` if train and z: empty where not asked for
+_library.define(
+    f"scan({ARGUMENTS}, bool final, bool train, bool save, bool allow_tf32)"
+    " -> (Tensor y, Tensor ends, Tensor states, Tensor rows, Tensor ungated)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# The gradients of the tensors that are there, in their order, without seq_idx
+_library.define(
+    f"scan_backward(Tensor dy, Tensor? dends, {ARGUMENTS}, Tensor states, Tensor rows, Tensor ungated, bool allow_tf32)"
+    " -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _problem(x, dt, A, B, C, dt_back, *rest, allow_tf32: bool) -> Problem:
+    softplus, least, largest, bidirectional, shift = rest[TENSORS - 6 :]
+    b, l, h, p = x.shape
+    return Problem(
+        b=b,
+        l=l,
+        h=h,
+        g=B.shape[2],
+        p=p,
+        n=B.shape[3],
+        dtype=x.dtype,
+        device=x.device,
+        bidirectional=bidirectional,
+        untied=dt_back is not None,
+        shift=shift,
+        dt_softplus=softplus,
+        dt_limit=(least, largest),
+        allow_tf32=allow_tf32,
+    )
+
+
+def _inputs(x, dt, A, B, C, dt_back, A_back, B_back, C_back, bias, bias_back, D, z, seq_idx, first, last, *_) -> Inputs:
+    def whole(t):
+        return None if t is None else t.contiguous()
+
+    def exact(t):
+        return None if t is None else t.to(torch.float32).contiguous()
+
+    x, dt, B, C, z, seq_idx = (whole(t) for t in (x, dt, B, C, z, seq_idx))
+    A, bias, D, first, last = (exact(t) for t in (A, bias, D, first, last))
+    untied = dt_back is not None
+    return Inputs(
+        x=x,
+        dt=(dt, whole(dt_back) if untied else dt),
+        A=(A, exact(A_back) if untied else A),
+        B=(B, whole(B_back) if untied else B),
+        C=(C, whole(C_back) if untied else C),
+        bias=(bias, exact(bias_back) if untied else bias),
+        D=D,
+        z=z,
+        seq_idx=seq_idx,
+        initial=(first, last),
+    )
+
+
+def _scan(*args):
+    *arguments, final, train, save, allow_tf32 = args
+    problem = _problem(*arguments, allow_tf32=allow_tf32)
+    t = _inputs(*arguments)
+    y, ends, saved = scan_forward(problem, t, save=save, keep_ungated=train, final=final)
+    return y, *(y.new_empty(0) if out is None else out for out in (ends, *saved))
+
+
+def _scan_fake(*args):
+    *arguments, final, train, save, allow_tf32 = args
+    problem = _problem(*arguments, allow_tf32=allow_tf32)
+    config = choose(problem, saved=save, backward=False)
+    x, z = arguments[0], arguments[12]
+    y = x.new_empty(x.shape)
+
+    def out(present, shape, dtype=torch.float32):
+        return x.new_empty(shape, dtype=dtype) if present else x.new_empty(0)
+
+    return (
+        y,
+        out(final, (problem.directions, problem.b, problem.h, problem.p, problem.n)),
+        out(save, problem.states_shape(config), x.dtype),
+        out(save, problem.rows_shape(config)),
+        out(train and z is not None, x.shape, x.dtype),
+    )
+
+
+def _scan_backward(dy, dends, *args):
+    *arguments, states, rows, ungated, allow_tf32 = args
+    problem = _problem(*arguments, allow_tf32=allow_tf32)
+    saved = Saved(*(t if t.numel() else None for t in (states, rows, ungated)))
+    dends = None if dends is None else dends.to(torch.float32).contiguous()
+    grads = scan_backward(problem, _inputs(*arguments), saved, dy.contiguous(), dends)
+    initial = (None, None) if grads.initial is None else (grads.initial[0], grads.initial[-1])
+    ordered = (
+        grads.x,
+        *(pair[0] for pair in grads[1:5]),
+        *(pair[1] for pair in grads[1:5]),
+        *grads.bias,
+        grads.D,
+        grads.z,
+        None,
+        *initial,
+    )
+    present = zip(arguments[:TENSORS], ordered, strict=True)
+    # clone: an operator's outputs must not share memory, and views of one buffer would
+    return [
+        grad.to(t.dtype) if grad.dtype != t.dtype else (grad.clone() if grad._is_view() else grad)
+        for i, (t, grad) in enumerate(present)
+        if t is not None and i != 13
+    ]
+
+
+def _scan_backward_fake(dy, dends, *args):
+    return [t.new_empty(t.shape) for i, t in enumerate(args[:TENSORS]) if t is not None and i != 13]
+
+
+for device in ("CPU", "CUDA"):
+    _library.impl("scan", _scan, device)
+    _library.impl("scan_backward", _scan_backward, device)
+torch.library.register_fake("bimamba::scan", _scan_fake, lib=_library)
+torch.library.register_fake("bimamba::scan_backward", _scan_backward_fake, lib=_library)
+
+
+def _setup(ctx, inputs, output):
+    *arguments, _, _, _, allow_tf32 = inputs
+    _, _, states, rows, ungated = output
+    ctx.save_for_backward(*arguments[:TENSORS], states, rows, ungated)
+    ctx.flags = arguments[TENSORS:]
+    ctx.allow_tf32 = allow_tf32
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dends, *_):
+    saved = ctx.saved_tensors
+    arguments = saved[:TENSORS]
+    if dy is None:
+        dy = torch.zeros_like(arguments[0])
+    grads = iter(
+        torch.ops.bimamba.scan_backward(dy, dends, *arguments, *ctx.flags, *saved[TENSORS:], ctx.allow_tf32)
+    )
+    of_tensors = [next(grads) if t is not None and i != 13 else None for i, t in enumerate(arguments)]
+    return *of_tensors, *([None] * (len(ctx.flags) + 4))
+
+
+torch.library.register_autograd("bimamba::scan", _backward, setup_context=_setup, lib=_library)

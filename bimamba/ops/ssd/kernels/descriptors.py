@@ -1,0 +1,20 @@
+"""Tensor descriptors: the tiles that Hopper's copy engine fetches without a mask or an address register."""
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def tiles(t: Tensor | None, rows: int, columns: int, tma: bool):
+    """(b, l, h, w) cut into tiles of `rows` by `columns`; needs w to be a multiple of `columns`. Without `tma`, `t`."""
+    if not tma or t is None:
+        return t
+    b, l, h, w = t.shape
+    return TensorDescriptor(t, [b, l, h * w], [l * h * w, h * w, 1], [1, rows, columns])
+
+
+def state_tiles(states: Tensor, block_p: int, block_n: int, tma: bool):
+    """(b, chunks, h, directions, P2, N2) cut into `block_p` by `block_n`."""
+    if not tma:
+        return states
+    n2 = states.shape[-1]
+    return TensorDescriptor(states, [states.numel() // n2, n2], [n2, 1], [block_p, block_n])

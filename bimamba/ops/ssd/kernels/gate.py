@@ -1,0 +1,31 @@
+"""The gate's gradient: with y = u * SiLU(z), du = dy * SiLU(z) and dz = dy * u * SiLU'(z). Elementwise, one pass."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import device_of
+
+
+@triton.jit(do_not_specialize=["size"])
+def grad_gate_kernel(dy, ungated, z, du, dz, size, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    b_dy = tl.load(dy + o, mask=m, other=0.0).to(tl.float32)
+    b_u = tl.load(ungated + o, mask=m, other=0.0).to(tl.float32)
+    b_z = tl.load(z + o, mask=m, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-b_z))
+    tl.store(du + o, (b_dy * b_z * sigmoid).to(du.dtype.element_ty), mask=m)
+    slope = sigmoid * (1.0 + b_z * (1.0 - sigmoid))
+    tl.store(dz + o, (b_dy * b_u * slope).to(dz.dtype.element_ty), mask=m)
+
+
+def grad_gate(dy: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the output before the gate, and dz; all `(b, l, h, p)`."""
+    du, dz = torch.empty_like(z), torch.empty_like(z)
+    with device_of(z):
+        grad_gate_kernel[(triton.cdiv(z.numel(), 2048),)](
+            dy=dy, ungated=ungated, z=z, du=du, dz=dz, size=z.numel(), BLOCK=2048, num_warps=4
+        )
+    return du, dz

@@ -1,0 +1,339 @@
+"""Stage 4: dB and dC, and the pieces of d(a) that entering states give.
+
+    dB_j = sum_h exp(total - s_j) delta_j gF^T x_j + exp(e_j) delta_j gB^T x_j + sum_i dM_ji C_i
+    dC_i = sum_h exp(f_i) S_left^T dy_i + exp(total - b_i) S_right^T dy_i     + sum_j dM_ji B_j
+    dM_ji = sum_h (x_j . dy_i) decay_ij delta_j
+
+One program owns (batch row, rows of a chunk, group[, part of its heads][, block of n]) and sums over the heads in
+registers; with several parts they are summed by `reduce.py`, in a fixed order, so that two runs give the same bits.
+Tied directions share one dM; otherwise a launch takes one side (FORWARD or BACKWARD) with that side's parameters.
+
+Lines (see `grad_x.py`), one a block of n: 4.. of the forward state's readers, then of the backward state's readers.
+`crossing` is <S, g> of the states that cross the rows without being touched: it counts for every row's d(a).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .choose import Config, Problem
+from .common import (
+    both_ways,
+    device_of,
+    leftward,
+    load_state,
+    load_tile,
+    reading,
+    rightward,
+    sequence_id,
+    sequence_ids,
+    store_tile,
+    sums,
+)
+from .descriptors import state_tiles, tiles
+from .reduce import reduce_parts
+
+
+@triton.jit(do_not_specialize=["L", "CHUNKS", "NB"])
+def grad_bc_kernel(
+    x,
+    dy,
+    B,
+    C,
+    seq,
+    states,
+    grad_states,
+    rows,
+    dB,
+    dC,
+    lines,
+    crossing,
+    L,
+    CHUNKS,
+    NB,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    HALVES: tl.constexpr,
+    HEADS: tl.constexpr,
+    LINES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    P2: tl.constexpr,
+    N2: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    SETS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BLOCKS_P: tl.constexpr = P2 // BLOCK_P
+    BLOCKS_N: tl.constexpr = N2 // BLOCK_N
+    BOTH: tl.constexpr = FORWARD and BACKWARD
+    SET: tl.constexpr = 1 if (SETS == 2 and BACKWARD) else 0
+    K: tl.constexpr = Q * HALVES
+    PARTS: tl.constexpr = H // G // HEADS
+    pid = tl.program_id(0)
+    i_half = pid % HALVES
+    pid //= HALVES
+    i_n = pid % BLOCKS_N
+    o_n = i_n * BLOCK_N
+    pid //= BLOCKS_N
+    i_first = (pid % (H // HEADS)) * HEADS
+    pid //= H // HEADS
+    i_c = pid % CHUNKS
+    i_b = pid // CHUNKS
+    i_part = (i_first // HEADS) % PARTS
+    i_g = i_first // (H // G)
+    o_l = i_c * K + i_half * Q
+    o_far = i_c * K + (1 - i_half) * Q
+    if o_l >= L:
+        return
+    r = tl.arange(0, Q)
+    i = r[None, :]
+    j = r[:, None]
+    if HAS_SEQ:
+        p_seq = seq + i_b.to(tl.int64) * L
+        ids = sequence_ids(p_seq, o_l, L, Q)
+        id_left = sequence_id(p_seq, o_l, L)
+        id_right = sequence_id(p_seq, o_l + Q - 1, L)
+        if HALVES == 2:
+            id_near = sequence_id(p_seq, o_l + (1 - i_half) * (Q - 1), L)
+            m_far = sequence_ids(p_seq, o_far, L, Q) == id_near
+            m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == id_near
+    o_C = (o_l - 1 if FORWARD else o_l + 1) if SHIFT else o_l
+    b_C = load_tile(C, i_b, o_C, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+    if HALVES == 2:
+        B_far = load_tile(B, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+        C_far = load_tile(C, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+    acc_B = tl.zeros((Q, BLOCK_N), tl.float32)
+    acc_C = tl.zeros((Q, BLOCK_N), tl.float32)
+    dM = tl.zeros((Q, Q), tl.float32)
+    for i_head in tl.range(0, HEADS, num_stages=STAGES):
+        i_h = i_first + i_head
+        i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
+        i_row = i_b.to(tl.int64) * H + i_h
+        p_row = rows + (i_row * SETS + SET) * 2 * CHUNKS * K + i_c * K
+        s, e, total = sums(p_row, i_half * Q, Q, HALVES == 1)
+        delta = tl.load(p_row + CHUNKS * K + i_half * Q + r)
+        f, b = reading(s, e, SHIFT)
+        to_right = tl.exp2(total - s) * delta
+        to_left = tl.exp2(e) * delta
+        from_left = tl.exp2(f)
+        from_right = tl.exp2(total - b)
+        cross = tl.exp2(total)
+        if HAS_SEQ:
+            to_right = tl.where(ids == id_right, to_right, 0.0)
+            to_left = tl.where(ids == id_left, to_left, 0.0)
+            from_left = tl.where(ids == id_left, from_left, 0.0)
+            from_right = tl.where(ids == id_right, from_right, 0.0)
+            cross = tl.where(id_left == id_right, cross, 0.0)
+        if HALVES == 2:
+            # First half: S_right and gF come in over the second half. Second half: S_left and gB over the first
+            s_far, e_far, total_far = sums(p_row, (1 - i_half) * Q, Q, False)
+            w_x = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far))
+            w_x *= tl.load(p_row + CHUNKS * K + (1 - i_half) * Q + r)
+            w_dy = tl.exp2(tl.where(i_half == 0, s_far, total_far - e_far))
+            cross_far = tl.exp2(total_far)
+            if HAS_SEQ:
+                w_x = tl.where(m_far, w_x, 0.0)
+                w_dy = tl.where(m_far, w_dy, 0.0)
+                cross_far = tl.where(m_cross, cross_far, 0.0)
+            cross_x = cross_far
+            cross_dy = cross_far
+            if not BOTH:
+                w_x = tl.where(i_half == 0, 0.0, w_x)
+                cross_x = tl.where(i_half == 0, 1.0, cross_x)
+                w_dy = tl.where(i_half == 0, w_dy, 0.0)
+                cross_dy = tl.where(i_half == 0, cross_dy, 1.0)
+        # 1: what is moved over the other half (forward side if there are no halves), 2: the other side
+        if HALVES == 2 and BOTH:
+            to_1 = tl.where(i_half == 0, to_right, to_left)
+            to_2 = tl.where(i_half == 0, to_left, to_right)
+            from_1 = tl.where(i_half == 0, from_right, from_left)
+            from_2 = tl.where(i_half == 0, from_left, from_right)
+        else:
+            to_1 = to_right if FORWARD else to_left
+            from_1 = from_left if FORWARD else from_right
+            to_2 = to_left
+            from_2 = from_right
+
+        xdy = tl.zeros((Q, Q), tl.float32)
+        read_1 = tl.zeros((Q,), tl.float32)
+        read_2 = tl.zeros((Q,), tl.float32)
+        crossed = 0.0
+        for k_p in tl.static_range(BLOCKS_P):
+            o_p: tl.constexpr = k_p * BLOCK_P
+            b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+            b_dy = load_tile(dy, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+            if HALVES == 2:
+                i_1 = i_state + ((1 - i_half) if BOTH else 0)
+                S_1 = load_state(states, i_1, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                g_1 = load_state(grad_states, i_1, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                x_far = load_tile(x, i_b, o_far, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+                dy_far = load_tile(dy, i_b, o_far, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+                x_far = tl.trans((x_far * w_x[:, None]).to(x_far.dtype))
+                dy_far = tl.trans((dy_far * w_dy[:, None]).to(dy_far.dtype))
+                S_1 = tl.dot(x_far, B_far, S_1.to(tl.float32) * cross_x, input_precision=PRECISION).to(b_x.dtype)
+                g_1 = tl.dot(dy_far, C_far, g_1.to(tl.float32) * cross_dy, input_precision=PRECISION).to(b_x.dtype)
+                i_2 = i_state + i_half
+                if BOTH:
+                    S_2 = load_state(states, i_2, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                    g_2 = load_state(grad_states, i_2, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                    # S_left meets gF, S_right gB: moved and unmoved ones
+                    met = S_2.to(tl.float32) * g_1.to(tl.float32) + S_1.to(tl.float32) * g_2.to(tl.float32)
+                else:
+                    met = S_1.to(tl.float32) * g_1.to(tl.float32)
+            else:
+                i_1 = i_state if FORWARD else i_state + 1
+                i_g1 = i_state + (DIRECTIONS - 1 if FORWARD else 0)
+                S_1 = load_state(states, i_1, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                g_1 = load_state(grad_states, i_g1, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                met = S_1.to(tl.float32) * g_1.to(tl.float32)
+                if BOTH:
+                    S_2 = load_state(states, i_state + 1, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                    g_2 = load_state(grad_states, i_state, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                    met += S_2.to(tl.float32) * g_2.to(tl.float32)
+            crossed += tl.sum(tl.sum(met, 1), 0)
+            xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
+            acc_B += tl.dot(b_x, g_1, input_precision=PRECISION) * to_1[:, None]
+            t = tl.dot(b_dy, S_1, input_precision=PRECISION) * from_1[:, None]
+            read_1 += tl.sum(b_C.to(tl.float32) * t, 1)
+            acc_C += t
+            if BOTH:
+                acc_B += tl.dot(b_x, g_2, input_precision=PRECISION) * to_2[:, None]
+                t = tl.dot(b_dy, S_2, input_precision=PRECISION) * from_2[:, None]
+                read_2 += tl.sum(b_C.to(tl.float32) * t, 1)
+                acc_C += t
+        if BOTH:
+            w = both_ways(f[None, :], b[None, :], s[:, None], e[:, None])
+        elif FORWARD:
+            w = rightward(i, j, f[None, :], s[:, None], SHIFT)
+        else:
+            w = leftward(i, j, b[None, :], e[:, None], SHIFT)
+        if HAS_SEQ:
+            w = tl.where(ids[None, :] == ids[:, None], w, 0.0)
+        dM += xdy * (w * delta[:, None])
+        p_line = lines + ((i_row * SETS + SET) * LINES + 4 + i_n) * CHUNKS * K + i_c * K + i_half * Q + r
+        p_cross = crossing + ((i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h) * 2 * BLOCKS_N + i_n
+        if HALVES == 2 and BOTH:
+            forward_line = tl.where(i_half == 0, read_2, read_1)
+            backward_line = tl.where(i_half == 0, read_1, read_2)
+        else:
+            forward_line = read_1
+            backward_line = read_2 if BOTH else read_1
+        if FORWARD:
+            tl.store(p_line, forward_line)
+            tl.store(p_cross, crossed * cross)
+        if BACKWARD:
+            tl.store(p_line + BLOCKS_N * CHUNKS * K, backward_line)
+            if not FORWARD:
+                tl.store(p_cross + BLOCKS_N, crossed * cross)
+    b_B = load_tile(B, i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+    if BOTH:
+        dM = tl.where(i == j, 2.0 * dM, dM)
+    dM_16 = dM.to(b_B.dtype)
+    acc_B = tl.dot(dM_16, b_C, acc_B, input_precision=PRECISION)
+    acc_C = tl.dot(tl.trans(dM_16), b_B, acc_C, input_precision=PRECISION)
+    store_tile(dB, acc_B, i_part * NB + i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+    store_tile(dC, acc_C, i_part * NB + i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+
+
+def grad_bc(
+    problem: Problem,
+    config: Config,
+    x: Tensor,
+    dy: Tensor,
+    B: Tensor,
+    C: Tensor,
+    B_back: Tensor,
+    C_back: Tensor,
+    states: Tensor,
+    grad_states: Tensor,
+    rows: Tensor,
+    lines: Tensor,
+    *,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """dB, dC, those of the backward direction (untied only), and `crossing (b * parts, h, 2, blocks of n)`."""
+    b, l, h, p = x.shape
+    q, tma, chunks, width = config.rows, config.tma, problem.chunks(config), config.block_n
+    parts = h // problem.g // config.grad_bc_heads
+    blocks_n = problem.n2 // width
+    crossing = torch.empty((b * chunks * config.halves, h, 2, blocks_n), dtype=torch.float32, device=x.device)
+    whole = parts == 1 and not problem.shift and (problem.untied or not problem.two_matrices)
+
+    def launch(B: Tensor, C: Tensor, forward: bool, backward: bool) -> tuple[Tensor, Tensor]:
+        if whole:
+            dB, dC = torch.empty_like(B), torch.empty_like(C)
+        else:
+            dB, dC = torch.empty((2, parts * b, *B.shape[1:]), dtype=torch.float32, device=x.device).unbind()
+        with device_of(x):
+            grad_bc_kernel[(b * chunks * (h // config.grad_bc_heads) * blocks_n * config.halves,)](
+                x=tiles(x, q, config.block_p, tma),
+                dy=tiles(dy, q, config.block_p, tma),
+                B=tiles(B, q, width, tma),
+                C=tiles(C, q, width, tma),
+                seq=seq_idx,
+                states=state_tiles(states, config.block_p, width, tma),
+                grad_states=state_tiles(grad_states, config.block_p, width, tma),
+                rows=rows,
+                dB=tiles(dB, q, width, tma),
+                dC=tiles(dC, q, width, tma),
+                lines=lines,
+                crossing=crossing,
+                L=l,
+                CHUNKS=chunks,
+                NB=b,
+                H=h,
+                G=problem.g,
+                P=p,
+                N=problem.n,
+                Q=q,
+                HALVES=config.halves,
+                HEADS=config.grad_bc_heads,
+                LINES=lines.shape[3],
+                BLOCK_P=config.block_p,
+                BLOCK_N=width,
+                P2=problem.p2,
+                N2=problem.n2,
+                DIRECTIONS=problem.directions,
+                FORWARD=forward,
+                BACKWARD=backward,
+                SETS=problem.sets,
+                SHIFT=problem.shift,
+                HAS_SEQ=seq_idx is not None,
+                STAGES=config.grad_bc_stages,
+                TMA=tma,
+                PRECISION=problem.precision,
+                num_warps=config.grad_bc_warps,
+            )
+        return dB, dC
+
+    if not problem.two_matrices:
+        dB, dC = launch(B, C, True, problem.bidirectional)
+        if not whole:
+            dB, dC = reduce_parts([dB], B), reduce_parts([dC], C)
+        return dB, dC, None, None, crossing
+    dB, dC = launch(B, C, True, False)
+    dB_back, dC_back = launch(B_back, C_back, False, True)
+    if whole:
+        return dB, dC, dB_back, dC_back, crossing
+    # A reader i used row i - 1 of C forward and row i + 1 backward: row l collects from readers l + 1 and l - 1
+    step = 1 if problem.shift else 0
+    if problem.untied:
+        return (
+            reduce_parts([dB], B),
+            reduce_parts([dC], C, [step]),
+            reduce_parts([dB_back], B),
+            reduce_parts([dC_back], C, [-step]),
+            crossing,
+        )
+    return reduce_parts([dB, dB_back], B), reduce_parts([dC, dC_back], C, [step, -step]), None, None, crossing

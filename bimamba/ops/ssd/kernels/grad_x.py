@@ -1,0 +1,376 @@
+"""Stage 3: dx, the direct part of d(delta), and the pieces of d(a) that pairs and leaving states give.
+
+    du_j = exp(total - s_j) gF B_j + exp(e_j) gB B_j + sum_i (decay o C B^T)_ij dy_i,      dx_j = delta_j du_j + D dy_j
+
+with gF, gB the gradients of the states that leave the rows to the right and to the left. A pair (i, j) that weighs
+w_ij in y.dy gives w_ij to d(a_t) of every t between them: row sums minus column sums, summed up along the chunk by
+`grad_dt.py`. They are summed in fp32 on the plain units: on the matrix units in bf16 the kernel is 8 % faster and dA
+two to three times less exact.
+
+Written per row (`LINES`): 0 what is summed in reverse, inclusively; 1 what is summed forward, inclusively; 2 what a row
+itself takes off, where a sum excludes it; 3 the direct part of d(delta).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .choose import Config, Problem
+from .common import (
+    both_ways,
+    device_of,
+    leftward,
+    load_state,
+    load_tile,
+    reading,
+    rightward,
+    sequence_id,
+    sequence_ids,
+    store_tile,
+    sums,
+)
+from .descriptors import state_tiles, tiles
+
+
+@triton.jit(do_not_specialize=["L", "CHUNKS"])
+def grad_x_kernel(
+    x,
+    dy,
+    B,
+    C,
+    B_back,
+    C_back,
+    D,
+    seq,
+    grad_states,
+    rows,
+    dx,
+    lines,
+    dD,
+    L,
+    CHUNKS,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    HALVES: tl.constexpr,
+    HEADS: tl.constexpr,
+    LINES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    P2: tl.constexpr,
+    N2: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr,
+    UNTIED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
+    HAS_D: tl.constexpr,
+    D_CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BLOCKS_P: tl.constexpr = P2 // BLOCK_P
+    BLOCKS_N: tl.constexpr = N2 // BLOCK_N
+    DIRECTIONS: tl.constexpr = 2 if BIDIRECTIONAL else 1
+    SETS: tl.constexpr = 2 if UNTIED else 1
+    TWO_MATRICES: tl.constexpr = BIDIRECTIONAL and (UNTIED or SHIFT)
+    K: tl.constexpr = Q * HALVES
+    HOIST: tl.constexpr = BLOCKS_N == 1  # B and C stay for all heads
+    pid = tl.program_id(0)
+    i_half = pid % HALVES
+    pid //= HALVES
+    i_first = (pid % (H // HEADS)) * HEADS
+    pid //= H // HEADS
+    i_c = pid % CHUNKS
+    i_b = pid // CHUNKS
+    o_l = i_c * K + i_half * Q
+    o_far = i_c * K + (1 - i_half) * Q
+    if o_l >= L:
+        return
+    i_g = i_first // (H // G)
+    r = tl.arange(0, Q)
+    i = r[None, :]  # readers run along the columns here
+    j = r[:, None]
+    if HAS_SEQ:
+        p_seq = seq + i_b.to(tl.int64) * L
+        ids = sequence_ids(p_seq, o_l, L, Q)
+        m_left = ids == sequence_id(p_seq, o_l, L)
+        m_right = ids == sequence_id(p_seq, o_l + Q - 1, L)
+        if HALVES == 2:
+            id_near = sequence_id(p_seq, o_l + (1 - i_half) * (Q - 1), L)
+            m_far = sequence_ids(p_seq, o_far, L, Q) == id_near
+            m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == id_near
+    if HOIST:
+        B_0 = load_tile(B, i_b, o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+        C_0 = load_tile(C, i_b, (o_l - 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+        if TWO_MATRICES:
+            Bb_0 = load_tile(B_back, i_b, o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+            Cb_0 = load_tile(C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+        if HALVES == 2:
+            Cf_0 = load_tile(C, i_b, o_far, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+    for i_head in tl.range(0, HEADS, num_stages=STAGES):
+        i_h = i_first + i_head
+        i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
+        i_row = i_b.to(tl.int64) * H + i_h
+        p_row = rows + i_row * SETS * 2 * CHUNKS * K + i_c * K
+        s, e, total = sums(p_row, i_half * Q, Q, HALVES == 1)
+        delta = tl.load(p_row + CHUNKS * K + i_half * Q + r)
+        f, b = reading(s, e, SHIFT)
+        e_back = e
+        delta_back = delta
+        if UNTIED:
+            s_back, e_back, _ = sums(p_row + 2 * CHUNKS * K, i_half * Q, Q, HALVES == 1)
+            delta_back = tl.load(p_row + 3 * CHUNKS * K + i_half * Q + r)
+            _, b = reading(s_back, e_back, SHIFT)
+        w_right = tl.exp2(total - s)  # to the right edge, where gF comes in
+        w_left = tl.exp2(e_back)
+        if HAS_SEQ:
+            w_right = tl.where(m_right, w_right, 0.0)
+            w_left = tl.where(m_left, w_left, 0.0)
+        if HALVES == 2:
+            # The gradient that comes in over the other half is moved over it first: gF for the first half, gB for the second
+            s_far, e_far, total_far = sums(p_row, (1 - i_half) * Q, Q, False)
+            w_far = tl.exp2(tl.where(i_half == 0, s_far, total_far - e_far))
+            cross = tl.exp2(total_far)
+            if HAS_SEQ:
+                w_far = tl.where(m_far, w_far, 0.0)
+                cross = tl.where(m_cross, cross, 0.0)
+            if not BIDIRECTIONAL:
+                w_far = tl.where(i_half == 0, w_far, 0.0)
+                cross = tl.where(i_half == 0, cross, 1.0)
+            w_1 = tl.where(i_half == 0, w_right, w_left) if BIDIRECTIONAL else w_right
+            w_2 = tl.where(i_half == 0, w_left, w_right)
+        else:
+            w_1 = w_right
+            w_2 = w_left
+
+        # C B^T, transposed and weighted: m (sources, readers). `m_back` is the part above the diagonal where B, C differ
+        cb = tl.zeros((Q, Q), tl.float32)
+        cb_back = tl.zeros((Q, Q), tl.float32)
+        for k in tl.static_range(BLOCKS_N):
+            if HOIST:
+                b_B = B_0
+                b_C = C_0
+            else:
+                b_B = load_tile(B, i_b, o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+                b_C = load_tile(C, i_b, (o_l - 1) if SHIFT else o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+            cb = tl.dot(b_B, tl.trans(b_C), cb, input_precision=PRECISION)
+            if TWO_MATRICES:
+                if HOIST:
+                    b_B = Bb_0
+                    b_C = Cb_0
+                else:
+                    b_B = load_tile(B_back, i_b, o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+                    b_C = load_tile(
+                        C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA
+                    )
+                cb_back = tl.dot(b_B, tl.trans(b_C), cb_back, input_precision=PRECISION)
+        if TWO_MATRICES:
+            m = cb * rightward(i, j, f[None, :], s[:, None], SHIFT)
+            m_back = cb_back * leftward(i, j, b[None, :], e_back[:, None], SHIFT)
+            if HAS_SEQ:
+                m = tl.where(ids[None, :] == ids[:, None], m, 0.0)
+                m_back = tl.where(ids[None, :] == ids[:, None], m_back, 0.0)
+            m_all = (m * delta[:, None] + m_back * delta_back[:, None]) if UNTIED else (m + m_back)
+        else:
+            if BIDIRECTIONAL:
+                m = cb * both_ways(f[None, :], b[None, :], s[:, None], e[:, None])
+            else:
+                m = cb * rightward(i, j, f[None, :], s[:, None], SHIFT)
+            if HAS_SEQ:
+                m = tl.where(ids[None, :] == ids[:, None], m, 0.0)
+            m_all = tl.where(i == j, 2.0 * m, m) if BIDIRECTIONAL else m
+
+        xdy = tl.zeros((Q, Q), tl.float32)
+        leave_1 = tl.zeros((Q,), tl.float32)
+        leave_2 = tl.zeros((Q,), tl.float32)
+        direct = tl.zeros((Q,), tl.float32)
+        dD_head = 0.0
+        for k_p in tl.static_range(BLOCKS_P):
+            o_p: tl.constexpr = k_p * BLOCK_P
+            b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+            b_dy = load_tile(dy, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+            xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
+            if HALVES == 2:
+                dy_far = load_tile(dy, i_b, o_far, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+                dy_far = tl.trans((dy_far * w_far[:, None]).to(dy_far.dtype))
+            du_1 = tl.zeros((Q, BLOCK_P), tl.float32)
+            du_2 = tl.zeros((Q, BLOCK_P), tl.float32)
+            for k in tl.static_range(BLOCKS_N):
+                o_n: tl.constexpr = k * BLOCK_N
+                if HOIST:
+                    b_B = B_0
+                    b_Bb = Bb_0 if TWO_MATRICES else B_0
+                else:
+                    b_B = load_tile(B, i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+                    b_Bb = b_B
+                    if UNTIED:
+                        b_Bb = load_tile(B_back, i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+                if HALVES == 2:
+                    moving = i_state + ((1 - i_half) if BIDIRECTIONAL else 0)
+                    g_1 = load_state(grad_states, moving, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                    if HOIST:
+                        C_far = Cf_0
+                    else:
+                        C_far = load_tile(C, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+                    g_1 = tl.dot(dy_far, C_far, g_1.to(tl.float32) * cross, input_precision=PRECISION).to(b_B.dtype)
+                    i_2 = i_state + i_half
+                else:
+                    i_1 = i_state + (DIRECTIONS - 1)
+                    g_1 = load_state(grad_states, i_1, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                    i_2 = i_state
+                du_1 = tl.dot(b_B, tl.trans(g_1), du_1, input_precision=PRECISION)
+                if BIDIRECTIONAL:
+                    g_2 = load_state(grad_states, i_2, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                    du_2 = tl.dot(b_Bb, tl.trans(g_2), du_2, input_precision=PRECISION)
+            x_f32 = b_x.to(tl.float32)
+            dy_f32 = b_dy.to(tl.float32)
+            du_1 *= w_1[:, None]
+            leave_1 += tl.sum(x_f32 * du_1, 1)
+            if BIDIRECTIONAL:
+                du_2 *= w_2[:, None]
+                leave_2 += tl.sum(x_f32 * du_2, 1)
+            if UNTIED:
+                b_dx = du_1 * delta[:, None] + du_2 * delta_back[:, None]
+                b_dx = tl.dot(m_all.to(b_dy.dtype), b_dy, b_dx, input_precision=PRECISION)
+            else:
+                du = tl.dot(m_all.to(b_dy.dtype), b_dy, du_1 + du_2, input_precision=PRECISION)
+                direct += tl.sum(x_f32 * du, 1)
+                b_dx = du * delta[:, None]
+            if HAS_D:
+                if D_CHANNELS:
+                    o_c = o_p + tl.arange(0, BLOCK_P)
+                    b_dx += dy_f32 * tl.load(D + i_h * P + o_c, mask=o_c < P, other=0.0)[None, :]
+                    p_dD = dD + ((i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h) * P + o_c
+                    tl.store(p_dD, tl.sum(x_f32 * dy_f32, 0), mask=o_c < P)
+                else:
+                    b_dx += dy_f32 * tl.load(D + i_h)
+                    dD_head += tl.sum(tl.sum(x_f32 * dy_f32, 1), 0)
+            store_tile(dx, b_dx, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+        if HAS_D and not D_CHANNELS:
+            tl.store(dD + (i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h, dD_head)
+        if HALVES == 2 and BIDIRECTIONAL:
+            leave_right = tl.where(i_half == 0, leave_1, leave_2)
+            leave_left = tl.where(i_half == 0, leave_2, leave_1)
+        else:
+            leave_right = leave_1
+            leave_left = leave_2
+
+        # Pieces of d(a): each pair's weight at its reader (sum over sources) and at its source (sum over readers)
+        p_line = lines + i_row * SETS * LINES * CHUNKS * K + i_c * K + i_half * Q + r
+        w = xdy * m
+        if UNTIED:  # a delta a direction: their direct gradients are the unweighted sums, kept apart
+            own = tl.sum(tl.where(i == j, w, 0.0), 1)
+            direct = leave_1 + own + tl.sum(tl.where(i > j, w, 0.0), 1)
+        w *= delta[:, None]
+        leave_right *= delta
+        w_below = tl.where(i > j, w, 0.0)
+        source = tl.sum(w_below, 1)
+        reader = tl.sum(w_below, 0)
+        lower = reader - source
+        lower_self = (reader + leave_right) if SHIFT else leave_right
+        if BIDIRECTIONAL:
+            if TWO_MATRICES:
+                w = xdy * m_back
+                if UNTIED:
+                    own = tl.sum(tl.where(i == j, w, 0.0), 1)
+                    direct_back = leave_2 + own + tl.sum(tl.where(i < j, w, 0.0), 1)
+                w *= delta_back[:, None]
+            leave_left *= delta_back
+            w_above = tl.where(i < j, w, 0.0)
+            source = tl.sum(w_above, 1)
+            reader = tl.sum(w_above, 0)
+            upper = source - reader + leave_left
+            upper_self = (source + leave_left) if SHIFT else upper
+        if UNTIED:
+            p_back = p_line + LINES * CHUNKS * K
+            tl.store(p_back, upper)
+            tl.store(p_back + CHUNKS * K, tl.zeros((Q,), tl.float32))
+            tl.store(p_back + 2 * CHUNKS * K, -upper_self)
+            tl.store(p_back + 3 * CHUNKS * K, direct_back)
+        elif BIDIRECTIONAL:
+            lower += upper
+            lower_self += upper_self
+        tl.store(p_line, lower)
+        tl.store(p_line + CHUNKS * K, leave_right)
+        tl.store(p_line + 2 * CHUNKS * K, -lower_self)
+        tl.store(p_line + 3 * CHUNKS * K, direct)
+
+
+def grad_x(
+    problem: Problem,
+    config: Config,
+    x: Tensor,
+    dy: Tensor,
+    B: Tensor,
+    C: Tensor,
+    B_back: Tensor,
+    C_back: Tensor,
+    grad_states: Tensor,
+    rows: Tensor,
+    lines: Tensor,
+    *,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """dx, and dD in parts `(b * parts, h)` or `(b * parts, h, p)`. Writes lines 0-3 of `lines` (see `grad_dt.py`)."""
+    b, l, h, p = x.shape
+    dx = torch.empty_like(x)
+    q, tma, chunks = config.rows, config.tma, problem.chunks(config)
+    dD = None
+    if D is not None:
+        # A row block that lies wholly beyond the end returns at once: its part must read as zero
+        shape = (b * chunks * config.halves, *D.shape)
+        whole = problem.parts(config) == chunks * config.halves
+        dD = (torch.empty if whole else torch.zeros)(shape, dtype=torch.float32, device=x.device)
+
+    def wide(t):
+        return tiles(t, q, config.block_p, tma)
+
+    def narrow(t):
+        return tiles(t, q, config.block_n, tma)
+
+    with device_of(x):
+        grad_x_kernel[(b * chunks * (h // config.grad_x_heads) * config.halves,)](
+            x=wide(x),
+            dy=wide(dy),
+            B=narrow(B),
+            C=narrow(C),
+            B_back=narrow(B_back) if problem.two_matrices else None,
+            C_back=narrow(C_back) if problem.two_matrices else None,
+            D=D,
+            seq=seq_idx,
+            grad_states=state_tiles(grad_states, config.block_p, config.block_n, tma),
+            rows=rows,
+            dx=wide(dx),
+            lines=lines,
+            dD=dD,
+            L=l,
+            CHUNKS=chunks,
+            H=h,
+            G=problem.g,
+            P=p,
+            N=problem.n,
+            Q=q,
+            HALVES=config.halves,
+            HEADS=config.grad_x_heads,
+            LINES=lines.shape[3],
+            BLOCK_P=config.block_p,
+            BLOCK_N=config.block_n,
+            P2=problem.p2,
+            N2=problem.n2,
+            BIDIRECTIONAL=problem.bidirectional,
+            UNTIED=problem.untied,
+            SHIFT=problem.shift,
+            HAS_SEQ=seq_idx is not None,
+            HAS_D=D is not None,
+            D_CHANNELS=D is not None and D.dim() == 2,
+            STAGES=config.grad_x_stages,
+            TMA=tma,
+            PRECISION=problem.precision,
+            num_warps=config.grad_x_warps,
+        )
+    return dx, dD

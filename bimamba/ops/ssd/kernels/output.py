@@ -1,0 +1,258 @@
+"""Stage 2: y, from the states that enter each chunk and the pairs (reader i, source j) inside it.
+
+    y_i = exp(f_i) C_i S_left + exp(total - b_i) C_i S_right + sum_j (decay o C B^T)_ij delta_j x_j + D x_i,  then * SiLU(z_i)
+
+One program owns (batch row, head, rows of a chunk[, block of p]). With `HALVES == 2` its rows are half of a chunk; one
+of the two entering states must then first be moved over the other half, which is one small product and saves half of
+the bytes of the states (H100, b8 l2048 h24 p64 n64 bf16, sketch: 0.127 ms against 0.155 for a whole forward pass).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .choose import Config, Problem
+from .common import (
+    both_ways,
+    device_of,
+    leftward,
+    load_state,
+    load_tile,
+    reading,
+    rightward,
+    sequence_id,
+    sequence_ids,
+    store_tile,
+    sums,
+)
+from .descriptors import state_tiles, tiles
+
+
+@triton.jit(do_not_specialize=["L", "CHUNKS"])
+def output_kernel(
+    x,
+    B,
+    C,
+    B_back,
+    C_back,
+    D,
+    z,
+    seq,
+    states,
+    rows,
+    y,
+    ungated,
+    L,
+    CHUNKS,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    P2: tl.constexpr,
+    N2: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr,
+    UNTIED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
+    HAS_D: tl.constexpr,
+    D_CHANNELS: tl.constexpr,
+    GATED: tl.constexpr,
+    KEEP_UNGATED: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BLOCKS_P: tl.constexpr = P2 // BLOCK_P
+    BLOCKS_N: tl.constexpr = N2 // BLOCK_N
+    DIRECTIONS: tl.constexpr = 2 if BIDIRECTIONAL else 1
+    SETS: tl.constexpr = 2 if UNTIED else 1
+    TWO_MATRICES: tl.constexpr = BIDIRECTIONAL and (UNTIED or SHIFT)
+    K: tl.constexpr = Q * HALVES
+    pid = tl.program_id(0)
+    i_half = pid % HALVES
+    pid //= HALVES
+    o_p = (pid % BLOCKS_P) * BLOCK_P
+    pid //= BLOCKS_P
+    i_h = pid % H
+    pid //= H
+    i_c = pid % CHUNKS
+    i_b = pid // CHUNKS
+    o_l = i_c * K + i_half * Q
+    if o_l >= L:
+        return
+    i_g = i_h // (H // G)
+    i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
+    p_row = rows + (i_b.to(tl.int64) * H + i_h) * SETS * 2 * CHUNKS * K + i_c * K
+    r = tl.arange(0, Q)
+
+    s, e, total = sums(p_row, i_half * Q, Q, HALVES == 1)
+    delta = tl.load(p_row + CHUNKS * K + i_half * Q + r)
+    f, b = reading(s, e, SHIFT)
+    e_back = e
+    total_back = total
+    delta_back = delta
+    if UNTIED:
+        s_back, e_back, total_back = sums(p_row + 2 * CHUNKS * K, i_half * Q, Q, HALVES == 1)
+        delta_back = tl.load(p_row + 3 * CHUNKS * K + i_half * Q + r)
+        _, b = reading(s_back, e_back, SHIFT)
+    w_left = tl.exp2(f)
+    w_right = tl.exp2(total_back - b)
+    if HAS_SEQ:
+        p_seq = seq + i_b.to(tl.int64) * L
+        ids = sequence_ids(p_seq, o_l, L, Q)
+        w_left = tl.where(ids == sequence_id(p_seq, o_l, L), w_left, 0.0)
+        w_right = tl.where(ids == sequence_id(p_seq, o_l + Q - 1, L), w_right, 0.0)
+
+    b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+    if HALVES == 2:
+        # The first half moves the right state leftward over the second, the second the left one rightward over the first
+        o_far = i_c * K + (1 - i_half) * Q
+        s_far, e_far, total_far = sums(p_row, (1 - i_half) * Q, Q, False)
+        w_far = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far))
+        w_far *= tl.load(p_row + CHUNKS * K + (1 - i_half) * Q + r)
+        cross = tl.exp2(total_far)
+        if HAS_SEQ:
+            id_near = sequence_id(p_seq, o_l + (1 - i_half) * (Q - 1), L)
+            id_edge = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L)
+            w_far = tl.where(sequence_ids(p_seq, o_far, L, Q) == id_near, w_far, 0.0)
+            cross = tl.where(id_edge == id_near, cross, 0.0)
+        if not BIDIRECTIONAL:
+            w_far = tl.where(i_half == 0, 0.0, w_far)
+            cross = tl.where(i_half == 0, 1.0, cross)
+        x_far = load_tile(x, i_b, o_far, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+        x_far = tl.trans((x_far * w_far[:, None]).to(x_far.dtype))
+
+    pairs = tl.zeros((Q, Q), tl.float32)
+    pairs_back = tl.zeros((Q, Q), tl.float32)
+    read_1 = tl.zeros((Q, BLOCK_P), tl.float32)
+    read_2 = tl.zeros((Q, BLOCK_P), tl.float32)
+    for k in tl.static_range(BLOCKS_N):
+        o_n: tl.constexpr = k * BLOCK_N
+        b_B = load_tile(B, i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+        b_C = load_tile(C, i_b, (o_l - 1) if SHIFT else o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+        pairs = tl.dot(b_C, tl.trans(b_B), pairs, input_precision=PRECISION)
+        b_Cb = b_C
+        if TWO_MATRICES:
+            b_Bb = load_tile(B_back, i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+            b_Cb = load_tile(C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+            pairs_back = tl.dot(b_Cb, tl.trans(b_Bb), pairs_back, input_precision=PRECISION)
+        if HALVES == 2:
+            moving = i_state + ((1 - i_half) if BIDIRECTIONAL else 0)
+            S_1 = load_state(states, moving, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+            B_far = load_tile(B, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+            S_1 = tl.dot(x_far, B_far, S_1.to(tl.float32) * cross, input_precision=PRECISION).to(b_C.dtype)
+            i_2 = i_state + i_half
+        else:
+            S_1 = load_state(states, i_state, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+            i_2 = i_state + 1
+        read_1 = tl.dot(b_C, tl.trans(S_1), read_1, input_precision=PRECISION)
+        if BIDIRECTIONAL:
+            S_2 = load_state(states, i_2, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+            read_2 = tl.dot(b_Cb, tl.trans(S_2), read_2, input_precision=PRECISION)
+    if BIDIRECTIONAL and HALVES == 2:
+        acc = read_1 * tl.where(i_half == 0, w_right, w_left)[:, None]
+        acc += read_2 * tl.where(i_half == 0, w_left, w_right)[:, None]
+    else:
+        acc = read_1 * w_left[:, None]
+        if BIDIRECTIONAL:
+            acc += read_2 * w_right[:, None]
+
+    i = r[:, None]
+    j = r[None, :]
+    if TWO_MATRICES:
+        pairs = pairs * rightward(i, j, f[:, None], s[None, :], SHIFT) * delta[None, :]
+        pairs += pairs_back * leftward(i, j, b[:, None], e_back[None, :], SHIFT) * delta_back[None, :]
+    elif BIDIRECTIONAL:
+        pairs = tl.where(i == j, 2.0 * pairs, pairs)
+        pairs = pairs * (both_ways(f[:, None], b[:, None], s[None, :], e[None, :]) * delta[None, :])
+    else:
+        pairs = pairs * rightward(i, j, f[:, None], s[None, :], SHIFT) * delta[None, :]
+    if HAS_SEQ:
+        pairs = tl.where(ids[:, None] == ids[None, :], pairs, 0.0)
+    acc = tl.dot(pairs.to(b_x.dtype), b_x, acc, input_precision=PRECISION)
+
+    if HAS_D:
+        if D_CHANNELS:
+            o_c = o_p + tl.arange(0, BLOCK_P)
+            acc += b_x.to(tl.float32) * tl.load(D + i_h * P + o_c, mask=o_c < P, other=0.0).to(tl.float32)[None, :]
+        else:
+            acc += b_x.to(tl.float32) * tl.load(D + i_h).to(tl.float32)
+    if GATED:
+        if KEEP_UNGATED:
+            store_tile(ungated, acc, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+        gate = load_tile(z, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA).to(tl.float32)
+        acc = acc * gate / (1.0 + tl.exp(-gate))
+    store_tile(y, acc, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+
+
+def scan_output(
+    problem: Problem,
+    config: Config,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    B_back: Tensor,
+    C_back: Tensor,
+    states: Tensor,
+    rows: Tensor,
+    *,
+    D: Tensor | None,
+    z: Tensor | None,
+    seq_idx: Tensor | None,
+    keep_ungated: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`y (b, l, h, p)`, and if it is gated and `keep_ungated` the output before the gate, which the gradient of z needs."""
+    b, l, h, p = x.shape
+    y = torch.empty_like(x)
+    ungated = torch.empty_like(x) if keep_ungated and z is not None else None
+    q, tma, chunks = config.rows, config.tma, problem.chunks(config)
+
+    def wide(t):
+        return tiles(t, q, config.block_p, tma)
+
+    def narrow(t):
+        return tiles(t, q, config.block_n, tma)
+
+    with device_of(x):
+        output_kernel[(b * chunks * h * (problem.p2 // config.block_p) * config.halves,)](
+            x=wide(x),
+            B=narrow(B),
+            C=narrow(C),
+            B_back=narrow(B_back) if problem.two_matrices else None,
+            C_back=narrow(C_back) if problem.two_matrices else None,
+            D=D,
+            z=wide(z),
+            seq=seq_idx,
+            states=state_tiles(states, config.block_p, config.block_n, tma),
+            rows=rows,
+            y=wide(y),
+            ungated=wide(ungated),
+            L=l,
+            CHUNKS=chunks,
+            H=h,
+            G=problem.g,
+            P=p,
+            N=problem.n,
+            Q=q,
+            HALVES=config.halves,
+            BLOCK_P=config.block_p,
+            BLOCK_N=config.block_n,
+            P2=problem.p2,
+            N2=problem.n2,
+            BIDIRECTIONAL=problem.bidirectional,
+            UNTIED=problem.untied,
+            SHIFT=problem.shift,
+            HAS_SEQ=seq_idx is not None,
+            HAS_D=D is not None,
+            D_CHANNELS=D is not None and D.dim() == 2,
+            GATED=z is not None,
+            KEEP_UNGATED=ungated is not None,
+            TMA=tma,
+            PRECISION=problem.precision,
+            num_warps=config.output_warps,
+        )
+    return y, ungated

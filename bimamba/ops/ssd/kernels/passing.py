@@ -1,0 +1,131 @@
+"""Stage 1b: where batch times heads is too small for walks, chunks compute their own states at once, and this passes them.
+
+`S[c]`, the contribution of chunk c, becomes what enters chunk c: a scan over chunks, elementwise in (p, n), in place.
+Latency bound: narrow programs with many loads in flight.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .choose import Config, Problem
+from .common import device_of, sequence_id
+
+
+@triton.jit(do_not_specialize=["L", "CHUNKS"])
+def passing_kernel(
+    states,
+    rows,
+    seq,
+    enter_left,
+    enter_right,
+    leave_left,
+    leave_right,
+    L,
+    CHUNKS,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    P2: tl.constexpr,
+    N2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    GRAD: tl.constexpr,
+    UNTIED: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
+    HAS_ENTER: tl.constexpr,
+    HAS_LEAVE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = P2 * N2 // BLOCK
+    SETS: tl.constexpr = 2 if UNTIED else 1
+    pid = tl.program_id(0)
+    i_slot = pid % DIRECTIONS
+    pid //= DIRECTIONS
+    o_s = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    pid //= BLOCKS
+    i_h = pid % H
+    i_b = (pid // H).to(tl.int64)
+    if DIRECTIONS == 2:
+        back = i_slot
+        own = 1 - i_slot if GRAD else i_slot
+    else:
+        back = i_slot * 0 + (1 if GRAD else 0)
+        own = i_slot * 0
+    p_total = rows + ((i_b * H + i_h) * SETS + (own if UNTIED else 0)) * 2 * CHUNKS * K + K - 1
+    p_state = states + ((i_b * CHUNKS * H + i_h) * DIRECTIONS + i_slot) * (P2 * N2) + o_s
+    if HAS_SEQ:
+        p_seq = seq + i_b * L
+    o_pn = (i_b * H + i_h) * (P * N) + (o_s // N2) * N + o_s % N2
+    m_pn = (o_s // N2 < P) & (o_s % N2 < N)
+    carry = tl.zeros((BLOCK,), tl.float32)
+    if HAS_ENTER:
+        if back == 1:
+            carry = tl.load(enter_right + o_pn, mask=m_pn, other=0.0)
+        else:
+            carry = tl.load(enter_left + o_pn, mask=m_pn, other=0.0)
+    for i in tl.range(0, CHUNKS, num_stages=STAGES):
+        i_c = i + back * (CHUNKS - 1 - 2 * i)
+        p_c = p_state + i_c.to(tl.int64) * (H * DIRECTIONS * P2 * N2)
+        own_state = tl.load(p_c).to(tl.float32)
+        cross = tl.exp2(tl.load(p_total + i_c * K))
+        if HAS_SEQ:
+            id_left = sequence_id(p_seq, i_c * K, L)
+            id_right = sequence_id(p_seq, i_c * K + K - 1, L)
+            cross = tl.where(id_left == id_right, cross, 0.0)
+            o_before = tl.where(back == 1, i_c * K + K, i_c * K - 1)
+            m_before = (o_before >= 0) & (o_before < L)
+            id_before = tl.load(p_seq + o_before, mask=m_before, other=0)
+            id_enter = tl.where(back == 1, id_right, id_left)
+            carry = tl.where(m_before & (id_before != id_enter), 0.0, carry)
+        tl.store(p_c, carry.to(states.dtype.element_ty))
+        carry = carry * cross + own_state
+    if HAS_LEAVE:
+        if back == 1:
+            tl.store(leave_left + o_pn, carry, mask=m_pn)
+        else:
+            tl.store(leave_right + o_pn, carry, mask=m_pn)
+
+
+def pass_states(
+    problem: Problem,
+    config: Config,
+    states: Tensor,
+    rows: Tensor,
+    *,
+    seq_idx: Tensor | None,
+    enter: tuple,
+    leave: tuple,
+    grad: bool,
+) -> None:
+    """Turns the chunks' own states into the states that enter them, in place; arguments as of `chunk_states`."""
+    block = min(config.passing_block, problem.p2 * problem.n2)
+    blocks = problem.p2 * problem.n2 // block
+    with device_of(states):
+        passing_kernel[(problem.b * problem.h * problem.directions * blocks,)](
+            states=states,
+            rows=rows,
+            seq=seq_idx,
+            enter_left=enter[0],
+            enter_right=enter[1],
+            leave_left=leave[0],
+            leave_right=leave[1],
+            L=problem.l,
+            CHUNKS=problem.chunks(config),
+            H=problem.h,
+            P=problem.p,
+            N=problem.n,
+            K=config.chunk,
+            P2=problem.p2,
+            N2=problem.n2,
+            BLOCK=block,
+            DIRECTIONS=problem.directions,
+            GRAD=grad,
+            UNTIED=problem.untied,
+            HAS_SEQ=seq_idx is not None,
+            HAS_ENTER=enter[0] is not None,
+            HAS_LEAVE=leave[0] is not None,
+            STAGES=config.passing_stages,
+            num_warps=config.passing_warps,
+        )

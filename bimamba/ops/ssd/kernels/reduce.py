@@ -1,0 +1,61 @@
+"""Sums of partial gradients in a fixed order: no float atomics, so two runs give the same bits."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import device_of
+
+
+@triton.jit(do_not_specialize=["size", "per_row"])
+def reduce_kernel(
+    first,
+    second,
+    out,
+    size,
+    per_row,
+    PARTS: tl.constexpr,
+    STEP: tl.constexpr,
+    SECOND: tl.constexpr,
+    STEP_SECOND: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = o % per_row
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(PARTS):
+        o_1 = inside + STEP * WIDTH
+        p_part = o + k * size.to(tl.int64)
+        acc += tl.load(first + p_part + STEP * WIDTH, mask=(o < size) & (o_1 >= 0) & (o_1 < per_row), other=0.0)
+        if SECOND:
+            o_2 = inside + STEP_SECOND * WIDTH
+            m = (o < size) & (o_2 >= 0) & (o_2 < per_row)
+            acc += tl.load(second + p_part + STEP_SECOND * WIDTH, mask=m, other=0.0)
+    tl.store(out + o, acc.to(out.dtype.element_ty), mask=o < size)
+
+
+def reduce_parts(parts: list[Tensor], like: Tensor, steps: list[int] | None = None) -> Tensor:
+    """Sum over `parts`, one or two tensors `(count * b, l, g, n)` fp32, in the shape and dtype of `like (b, l, g, n)`.
+
+    With `steps`, row l of the result takes row `l + step` of a tensor, nothing where that lies outside.
+    """
+    steps = steps or [0] * len(parts)
+    out = torch.empty_like(like)
+    with device_of(out):
+        reduce_kernel[(triton.cdiv(out.numel(), 1024),)](
+            first=parts[0],
+            second=parts[-1],
+            out=out,
+            size=out.numel(),
+            per_row=out[0].numel(),
+            PARTS=parts[0].shape[0] // out.shape[0],
+            STEP=steps[0],
+            SECOND=len(parts) == 2,
+            STEP_SECOND=steps[-1],
+            WIDTH=out.shape[2] * out.shape[3],
+            BLOCK=1024,
+            num_warps=4,
+        )
+    return out

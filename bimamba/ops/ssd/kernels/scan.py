@@ -1,0 +1,173 @@
+"""The two passes, composed of the stages. Tensors are contiguous here, `A`, `D`, `dt_bias` and states fp32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .choose import Problem, choose
+from .gate import grad_gate
+from .grad_bc import grad_bc
+from .grad_dt import grad_dt
+from .grad_x import grad_x
+from .output import scan_output
+from .states import chunk_states
+
+
+class Inputs(NamedTuple):
+    """What a scan reads. Pairs are (forward, backward); tied directions hold the same tensor twice."""
+
+    x: Tensor  # (b, l, h, p)
+    dt: tuple[Tensor, Tensor]  # (b, l, h)
+    A: tuple[Tensor, Tensor]  # (h)
+    B: tuple[Tensor, Tensor]  # (b, l, g, n)
+    C: tuple[Tensor, Tensor]  # (b, l, g, n)
+    bias: tuple[Tensor | None, Tensor | None]  # (h)
+    D: Tensor | None  # (h) or (h, p)
+    z: Tensor | None  # (b, l, h, p)
+    seq_idx: Tensor | None  # (b, l) int32
+    initial: tuple[Tensor | None, Tensor | None]  # (b, h, p, n): both or none
+
+
+class Saved(NamedTuple):
+    """What the backward pass takes over from the forward pass. Without states it computes them again."""
+
+    states: Tensor | None
+    rows: Tensor | None
+    ungated: Tensor | None
+
+
+class Gradients(NamedTuple):
+    x: Tensor
+    dt: tuple[Tensor, Tensor | None]
+    A: tuple[Tensor, Tensor | None]
+    B: tuple[Tensor, Tensor | None]
+    C: tuple[Tensor, Tensor | None]
+    bias: tuple[Tensor, Tensor | None]
+    D: Tensor | None
+    z: Tensor | None
+    initial: Tensor | None  # (2, b, h, p, n) fp32
+
+
+def scan_forward(
+    problem: Problem, t: Inputs, *, save: bool, keep_ungated: bool, final: bool
+) -> tuple[Tensor, Tensor | None, Saved]:
+    """`y`, the states in the end `(directions, b, h, p, n)` fp32 if `final`, and what the backward pass needs."""
+    config = choose(problem, saved=save, backward=False)
+    rows = torch.empty(problem.rows_shape(config), dtype=torch.float32, device=t.x.device)
+    ends = _edges(problem, t.x.device) if final else None
+    leave = (None, None) if ends is None else (ends[-1], ends[0])
+    states = _states(problem, config, t, rows, leave=leave)
+    y, ungated = _output(problem, config, t, states, rows, keep_ungated)
+    return y, ends, Saved(states if save else None, rows if save else None, ungated)
+
+
+def scan_backward(problem: Problem, t: Inputs, saved: Saved, dy: Tensor, dfinal: Tensor | None) -> Gradients:
+    """All gradients, from `dy` and, where the final states were used, `dfinal (directions, b, h, p, n)` fp32."""
+    keeps = saved.states is not None
+    config = choose(problem, saved=keeps, backward=True)
+    states, rows = saved.states, saved.rows
+    if not keeps:
+        rows = torch.empty(problem.rows_shape(config), dtype=torch.float32, device=t.x.device)
+        states = _states(problem, config, t, rows)
+    matrices = (t.B[0], t.C[0], t.B[1], t.C[1])
+    dz = None
+    if t.z is not None:
+        ungated = saved.ungated
+        if ungated is None:
+            ungated, _ = _output(problem, config, t._replace(z=None), states, rows)
+        dy, dz = grad_gate(dy, ungated, t.z)
+    dinitial = _edges(problem, t.x.device) if t.initial[0] is not None else None
+    grad_states = chunk_states(
+        problem,
+        config,
+        dy,
+        t.C[0],
+        t.C[1],
+        rows,
+        seq_idx=t.seq_idx,
+        # The gradient of what left on the right comes in from the right
+        enter=(None, None) if dfinal is None else (dfinal[-1], dfinal[0]),
+        leave=(None, None) if dinitial is None else (dinitial[0], dinitial[-1]),
+        grad=True,
+    )
+    lines = 4 + 2 * (problem.n2 // config.block_n)
+    shape = (problem.b, problem.h, problem.sets, lines, problem.chunks(config) * config.chunk)
+    lines = torch.empty(shape, dtype=torch.float32, device=t.x.device)
+    dx, dD = grad_x(
+        problem, config, t.x, dy, *matrices, grad_states, rows, lines, D=t.D, seq_idx=t.seq_idx
+    )
+    dB, dC, dB_back, dC_back, crossing = grad_bc(
+        problem, config, t.x, dy, *matrices, states, grad_states, rows, lines, seq_idx=t.seq_idx
+    )
+    ddt, dA, dbias = grad_dt(
+        problem,
+        config,
+        t.dt[0],
+        t.A[0],
+        t.bias[0],
+        rows,
+        lines,
+        crossing,
+        forward=True,
+        backward=problem.bidirectional and not problem.untied,
+    )
+    back = (None, None, None)
+    if problem.untied:
+        back = grad_dt(
+            problem, config, t.dt[1], t.A[1], t.bias[1], rows, lines, crossing, forward=False, backward=True
+        )
+    return Gradients(
+        x=dx,
+        dt=(ddt, back[0]),
+        A=(dA, back[1]),
+        B=(dB, dB_back),
+        C=(dC, dC_back),
+        bias=(dbias, back[2]),
+        D=None if dD is None else dD.sum(0),
+        z=dz,
+        initial=dinitial,
+    )
+
+
+def _states(problem: Problem, config, t: Inputs, rows: Tensor, leave=(None, None)) -> Tensor:
+    return chunk_states(
+        problem,
+        config,
+        t.x,
+        t.B[0],
+        t.B[1],
+        rows,
+        dt=t.dt,
+        A=t.A,
+        bias=t.bias,
+        seq_idx=t.seq_idx,
+        enter=t.initial,
+        leave=leave,
+    )
+
+
+def _output(problem: Problem, config, t: Inputs, states: Tensor, rows: Tensor, keep_ungated: bool = False):
+    return scan_output(
+        problem,
+        config,
+        t.x,
+        t.B[0],
+        t.C[0],
+        t.B[1],
+        t.C[1],
+        states,
+        rows,
+        D=t.D,
+        z=t.z,
+        seq_idx=t.seq_idx,
+        keep_ungated=keep_ungated,
+    )
+
+
+def _edges(problem: Problem, device: torch.device) -> Tensor:
+    """Room for the states at the sequence's ends, one a direction."""
+    shape = (problem.directions, problem.b, problem.h, problem.p, problem.n)
+    return torch.empty(shape, dtype=torch.float32, device=device)

@@ -1,0 +1,262 @@
+"""Stage 1: the state that enters each chunk, in each direction; in the backward pass the gradients of those states.
+
+    rightward  S <- exp(total) S + sum_j exp(total - s_j) delta_j x_j B_j^T
+    leftward   S <- exp(total) S + sum_j exp(e_j) delta_j x_j B_j^T
+
+Gradients (GRAD) are states of (dy, C) passed the opposite way: that of the rightward state comes from the right, with
+the weights exp(f_i), that of the leftward state from the left, with exp(total - b_i).
+
+One program owns (batch row, head, direction[, block of p and n]). It either walks over all chunks with the state in
+registers (WALK) and writes what enters each of them, or it writes one chunk's own contribution, which `passing.py`
+then passes. The forward pass also writes `rows`, which every later stage reads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .choose import Config, Problem
+from .common import LOG2E, device_of, load_tile, sequence_id, sequence_ids, step_size, store_state
+from .descriptors import state_tiles, tiles
+from .passing import pass_states
+
+
+@triton.jit(do_not_specialize=["L", "CHUNKS"])
+def states_kernel(
+    x,
+    B,
+    B_back,
+    dt,
+    dt_back,
+    A,
+    A_back,
+    bias,
+    bias_back,
+    least,
+    largest,
+    seq,
+    enter_left,
+    enter_right,
+    leave_left,
+    leave_right,
+    states,
+    rows,
+    L,
+    CHUNKS,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    P2: tl.constexpr,
+    N2: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    GRAD: tl.constexpr,
+    WALK: tl.constexpr,
+    UNTIED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
+    HAS_ENTER: tl.constexpr,
+    HAS_LEAVE: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BLOCKS_P: tl.constexpr = P2 // BLOCK_P
+    BLOCKS_N: tl.constexpr = N2 // BLOCK_N
+    SETS: tl.constexpr = 2 if UNTIED else 1
+    pid = tl.program_id(0)
+    i_slot = pid % DIRECTIONS
+    pid //= DIRECTIONS
+    o_n = (pid % BLOCKS_N) * BLOCK_N
+    pid //= BLOCKS_N
+    o_p = (pid % BLOCKS_P) * BLOCK_P
+    pid //= BLOCKS_P
+    i_h = pid % H
+    pid //= H
+    # `back`: this program walks from right to left. `own`: whose parameters it reads, 0 forward, 1 backward.
+    if DIRECTIONS == 2:
+        back = i_slot
+        own = 1 - i_slot if GRAD else i_slot
+    else:
+        back = i_slot * 0 + (1 if GRAD else 0)
+        own = i_slot * 0
+    if WALK:
+        i_b = pid
+        first = back * (CHUNKS - 1)
+        steps = CHUNKS
+    else:
+        i_b = pid // CHUNKS
+        first = pid % CHUNKS
+        steps = 1
+    if UNTIED:
+        if own == 1:
+            B = B_back
+            dt = dt_back
+            A = A_back
+            bias = bias_back
+    i_g = i_h // (H // G)
+    o_k = tl.arange(0, K)
+    p_row = rows + ((i_b.to(tl.int64) * H + i_h) * SETS + (own if UNTIED else 0)) * 2 * CHUNKS * K
+    if HAS_SEQ:
+        p_seq = seq + i_b.to(tl.int64) * L
+    if GRAD:
+        # A reader's weight takes s or e, and only one of them: e_t is s_{t-1}
+        lag = (1 - own) if SHIFT else own
+        ahead = tl.load(p_row + first * K + o_k - lag, mask=o_k >= lag, other=0.0)
+        ahead_total = tl.load(p_row + first * K + K - 1)
+    else:
+        decay = tl.load(A + i_h).to(tl.float32) * LOG2E
+        offset = tl.load(bias + i_h).to(tl.float32) if HAS_BIAS else 0.0
+        p_dt = dt + i_b.to(tl.int64) * L * H + i_h
+        ahead = tl.load(p_dt + (first * K + o_k).to(tl.int64) * H, mask=first * K + o_k < L, other=0.0)
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    o_pn = (o_p + tl.arange(0, BLOCK_P))[:, None] * N + (o_n + tl.arange(0, BLOCK_N))[None, :]
+    m_pn = ((o_p + tl.arange(0, BLOCK_P)) < P)[:, None] & ((o_n + tl.arange(0, BLOCK_N)) < N)[None, :]
+    o_pn += (i_b.to(tl.int64) * H + i_h) * (P * N)
+    if WALK and HAS_ENTER:
+        if back == 1:
+            acc = tl.load(enter_right + o_pn, mask=m_pn, other=0.0)
+        else:
+            acc = tl.load(enter_left + o_pn, mask=m_pn, other=0.0)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        i_c = first + i - 2 * i * back
+        o_l = i_c * K
+        i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS + i_slot
+        b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, K, BLOCK_P, TMA)
+        if SHIFT and GRAD:
+            b_B = load_tile(B, i_b, o_l - 1 + 2 * own, i_g, L, G, o_n, N, K, BLOCK_N, TMA)
+        else:
+            b_B = load_tile(B, i_b, o_l, i_g, L, G, o_n, N, K, BLOCK_N, TMA)
+        # The next chunk's small loads go out now: they feed no product, so the pipeliner leaves them where they stand
+        v = ahead
+        i_next = i_c + 1 - 2 * back
+        if GRAD:
+            total = ahead_total
+            p_next = p_row + tl.minimum(tl.maximum(i_next, 0), CHUNKS - 1) * K  # after the last step: not used
+            ahead = tl.load(p_next + o_k - lag, mask=o_k >= lag, other=0.0)
+            ahead_total = tl.load(p_next + K - 1)
+            w = tl.exp2(tl.where(own == 0, v, total - v))
+        else:
+            o_next = i_next * K + o_k
+            ahead = tl.load(p_dt + o_next.to(tl.int64) * H, mask=(o_next >= 0) & (o_next < L), other=0.0)
+            delta = step_size(v.to(tl.float32) + offset, least, largest, SOFTPLUS, LIMITED)
+            delta = tl.where(o_l + o_k < L, delta, 0.0)
+            a = delta * decay
+            s = tl.cumsum(a, 0)
+            total = tl.min(s, 0)  # the last one
+            if (o_p == 0) & (o_n == 0) & ((own == 0) | UNTIED):
+                tl.store(p_row + o_l + o_k, s)
+                tl.store(p_row + CHUNKS * K + o_l + o_k, delta)
+            w = tl.exp2(tl.where(own == 0, total - s, s - a)) * delta
+        cross = tl.exp2(total)
+        if HAS_SEQ:
+            # Only rows of the sequence at the edge that the state leaves by reach that edge
+            ids = sequence_ids(p_seq, o_l, L, K)
+            id_left = sequence_id(p_seq, o_l, L)
+            id_right = sequence_id(p_seq, o_l + K - 1, L)
+            id_leave = tl.where(back == 1, id_left, id_right)
+            w = tl.where(ids == id_leave, w, 0.0)
+            if WALK:
+                cross = tl.where(id_left == id_right, cross, 0.0)
+                o_before = tl.where(back == 1, o_l + K, o_l - 1)
+                m_before = (o_before >= 0) & (o_before < L)
+                id_enter = tl.where(back == 1, id_right, id_left)
+                id_before = tl.load(p_seq + o_before, mask=m_before, other=0)
+                acc = tl.where(m_before & (id_before != id_enter), 0.0, acc)
+        if WALK:
+            store_state(states, acc, i_state, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+        acc = acc * cross
+        acc = tl.dot(tl.trans(b_x), (b_B * w[:, None]).to(b_B.dtype), acc, input_precision=PRECISION)
+        if not WALK:
+            store_state(states, acc, i_state, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+    if WALK and HAS_LEAVE:
+        if back == 1:
+            tl.store(leave_left + o_pn, acc, mask=m_pn)
+        else:
+            tl.store(leave_right + o_pn, acc, mask=m_pn)
+
+
+def chunk_states(
+    problem: Problem,
+    config: Config,
+    x: Tensor,
+    B: Tensor,
+    B_back: Tensor,
+    rows: Tensor,
+    *,
+    dt: tuple = (None, None),
+    A: tuple = (None, None),
+    bias: tuple = (None, None),
+    seq_idx: Tensor | None = None,
+    enter: tuple = (None, None),
+    leave: tuple = (None, None),
+    grad: bool = False,
+) -> Tensor:
+    """States entering every chunk, `(b, chunks, h, directions, P2, N2)` in x's dtype.
+
+    With `grad`, `x` is dy and `B` is C. Writes `rows` unless `grad`. `enter` and `leave` are (at the left edge, at the
+    right edge): states fp32 `(b, h, p, n)` to start from, and tensors that receive what arrives in the end.
+    """
+    b, l, h, p = x.shape
+    states = torch.empty(problem.states_shape(config), dtype=x.dtype, device=x.device)
+    blocks = (problem.p2 // config.block_p) * (problem.n2 // config.states_block_n)
+    programs = b * h * problem.directions * blocks * (1 if config.walk else problem.chunks(config))
+    tma = config.tma and not problem.untied  # a descriptor cannot be chosen by direction outside the loop
+    width = config.states_block_n
+    with device_of(x):
+        states_kernel[(programs,)](
+            x=tiles(x, config.chunk, config.block_p, tma),
+            B=tiles(B, config.chunk, width, tma),
+            B_back=B_back,
+            dt=dt[0],
+            dt_back=dt[1],
+            A=A[0],
+            A_back=A[1],
+            bias=bias[0],
+            bias_back=bias[1],
+            least=float(problem.dt_limit[0]),
+            largest=float(problem.dt_limit[1]),
+            seq=seq_idx,
+            enter_left=enter[0],
+            enter_right=enter[1],
+            leave_left=leave[0],
+            leave_right=leave[1],
+            states=state_tiles(states, config.block_p, width, tma),
+            rows=rows,
+            L=l,
+            CHUNKS=problem.chunks(config),
+            H=h,
+            G=problem.g,
+            P=p,
+            N=problem.n,
+            K=config.chunk,
+            BLOCK_P=config.block_p,
+            BLOCK_N=width,
+            P2=problem.p2,
+            N2=problem.n2,
+            DIRECTIONS=problem.directions,
+            GRAD=grad,
+            WALK=config.walk,
+            UNTIED=problem.untied,
+            SHIFT=problem.shift,
+            SOFTPLUS=problem.dt_softplus,
+            HAS_BIAS=bias[0] is not None,
+            LIMITED=problem.limited,
+            HAS_SEQ=seq_idx is not None,
+            HAS_ENTER=enter[0] is not None,
+            HAS_LEAVE=leave[0] is not None,
+            STAGES=config.states_stages,
+            TMA=tma,
+            PRECISION=problem.precision,
+            num_warps=config.states_warps,
+        )
+    if not config.walk:
+        pass_states(problem, config, states, rows, seq_idx=seq_idx, enter=enter, leave=leave, grad=grad)
+    return states
