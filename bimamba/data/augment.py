@@ -1,0 +1,165 @@
+"""Augmentation and normalisation of whole batches, on the device they are on.
+
+All random numbers come from torch's global generators, so a resumed run that restores those goes on as it would have.
+Crop and flips are one gather each on uint8: kornia's loop over the images and wait for the device at each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bimamba.data.sequences import complement_tokens
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Pads with zeros and cuts the old size out at a random place of each image. `(b, c, h, w)`, any dtype."""
+    b, _, h, w = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, b, 1), device=images.device)
+    rows = (top + torch.arange(h, device=images.device))[:, None, :, None]  # b 1 h 1
+    columns = (left + torch.arange(w, device=images.device))[:, None, None, :]  # b 1 1 w
+    batch = torch.arange(b, device=images.device)[:, None, None, None]
+    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+    return padded[batch, channel, rows, columns]
+
+
+def random_flip(images: Tensor, probability: float, dim: int) -> Tensor:
+    """Mirrors each image with this probability. `(b, c, h, w)`, any dtype."""
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
+    return torch.where(chosen, images.flip(dim), images)
+
+
+class ImageAugmentation(nn.Module):
+    """Training-time augmentation of uint8 images; see configs/data for what each option means.
+
+    Args:
+        crop_padding: pixels of zero padding around the image before a random crop of the old size; 0 = off.
+        horizontal_flip, vertical_flip: probability.
+        color_jitter: strength of brightness, contrast, saturation and hue; None = off.
+        rand_augment: `[operations, magnitude]` (magnitude between 0 and 30) of RandAugment (Cubuk 2020); None = off.
+        random_erasing: probability of erasing a rectangle (Zhong 2020), by the mean colour.
+        resized_crop: part of the area, from and to, of a random resized crop; None = off.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    GROUPS = 8  # kornia draws RandAugment's operations once a call: each eighth of a batch gets its own
+
+    def __init__(
+        self,
+        crop_padding: int = 0,
+        horizontal_flip: float = 0.0,
+        vertical_flip: float = 0.0,
+        color_jitter: Sequence[float] | None = None,
+        rand_augment: Sequence[float] | None = None,
+        random_erasing: float = 0.0,
+        resized_crop: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("horizontal_flip", horizontal_flip),
+            ("vertical_flip", vertical_flip),
+            ("random_erasing", random_erasing),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"data.augment.{name}: expected a probability in [0, 1], got {value}")
+        if crop_padding < 0:
+            raise ValueError(f"data.augment.crop_padding: expected a number of pixels, got {crop_padding}")
+        if color_jitter is not None and len(color_jitter) != 4:
+            raise ValueError(
+                f"data.augment.color_jitter: expected [brightness, contrast, saturation, hue], got {list(color_jitter)}"
+            )
+        if rand_augment is not None and (len(rand_augment) != 2 or not 0 < rand_augment[1] < 30 or rand_augment[0] < 1):
+            raise ValueError(
+                "data.augment.rand_augment: expected [operations, magnitude], magnitude between 0 and 30, "
+                f"got {list(rand_augment)}"
+            )
+        if resized_crop is not None and not (len(resized_crop) == 2 and 0 < resized_crop[0] <= resized_crop[1] <= 1):
+            raise ValueError(
+                f"data.augment.resized_crop: expected [from, to], parts of the area in (0, 1], got {list(resized_crop)}"
+            )
+        self.crop_padding, self.horizontal_flip, self.vertical_flip = crop_padding, horizontal_flip, vertical_flip
+        self.resized_crop = tuple(resized_crop) if resized_crop is not None else None
+        self.color_jitter, self.rand_augment, self.random_erasing = color_jitter, rand_augment, random_erasing
+        self._built: dict[str, nn.Module] = {}
+
+    def forward(self, images: Tensor, mean: Tensor, crop: bool = True) -> Tensor:
+        """uint8 `(b, c, h, w)` to float32 of the same shape, in [0, 1].
+
+        Args:
+            images: the batch.
+            mean: `(c,)`, what erased pixels are set to.
+            crop: False where the images come from a random resized crop already.
+        """
+        if self.crop_padding:
+            images = random_crop(images, self.crop_padding)
+        if self.horizontal_flip:
+            images = random_flip(images, self.horizontal_flip, -1)
+        if self.vertical_flip:
+            images = random_flip(images, self.vertical_flip, -2)
+        images = images.float().div_(255)
+        if crop and self.resized_crop is not None:
+            images = self._kornia("resized_crop", tuple(images.shape[-2:]))(images)
+        if self.color_jitter is not None:
+            images = self._kornia("color_jitter")(images)
+        if self.rand_augment is not None:
+            images = torch.cat([self._kornia("rand_augment")(part) for part in images.chunk(self.GROUPS)])
+        if self.random_erasing:
+            # Erased to 0 around the mean: after normalisation the rectangle says nothing.
+            images = self._kornia("random_erasing")(images - mean[:, None, None]) + mean[:, None, None]
+        return images
+
+    def _kornia(self, name: str, size: tuple[int, int] | None = None) -> nn.Module:
+        if name not in self._built:
+            import kornia.augmentation as K
+
+            if name == "resized_crop":
+                module = K.RandomResizedCrop(size, scale=self.resized_crop, cropping_mode="resample")
+            elif name == "color_jitter":
+                module = K.ColorJitter(*self.color_jitter)
+            elif name == "rand_augment":
+                module = K.auto.RandAugment(int(self.rand_augment[0]), int(self.rand_augment[1]))
+            else:
+                module = K.RandomErasing(p=self.random_erasing)
+            self._built[name] = module
+        return self._built[name]
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """float32 `(b, c, h, w)` in [0, 1] (or uint8, scaled first), to mean 0 and deviation 1 per channel."""
+    if images.dtype == torch.uint8:
+        images = images.float().div_(255)
+    return (images - mean[:, None, None]) / std[:, None, None]
+
+
+class ReverseComplement(nn.Module):
+    """Reads each DNA row on the other strand, with a probability. Padding stays where it is, at the end.
+
+    Args:
+        alphabet: of the token ids.
+        probability: of a row being turned.
+
+    Raises:
+        ValueError: the alphabet is not DNA, or the probability out of range.
+    """
+
+    def __init__(self, alphabet: str, probability: float) -> None:
+        super().__init__()
+        if not 0 <= probability <= 1:
+            raise ValueError(f"data.augment.reverse_complement: expected a probability in [0, 1], got {probability}")
+        self.probability = probability
+        self.register_buffer("complement", complement_tokens(alphabet).long(), persistent=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Token ids int64 `(b, l)`, mask bool `(b, l)`."""
+        chosen = torch.rand(len(tokens), 1, device=tokens.device) < self.probability
+        lengths = mask.sum(1, keepdim=True)
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        source = torch.where(mask, lengths - 1 - columns, columns)
+        turned = self.complement.to(tokens.device)[tokens.gather(1, source)]
+        return torch.where(chosen, turned, tokens)

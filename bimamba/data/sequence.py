@@ -1,0 +1,88 @@
+"""Sequences to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bimamba.data.augment import ReverseComplement
+from bimamba.data.collate import Batch
+from bimamba.data.datamodule import ClassificationDataModule
+from bimamba.data.labels import LabelMap
+from bimamba.data.records import Records, Source
+from bimamba.data.sequences import DNA, TRUNCATE, TokenRows, check_alphabet, tokenise
+from bimamba.spec import DataSpec
+
+
+class SequenceDataModule(ClassificationDataModule):
+    """Sequences from any source of `bimamba.data.sources`.
+
+    Args:
+        source: where sequences and labels come from.
+        alphabet: capital letters of token 1, 2, …; the last stands for every unknown character.
+        max_length: the most characters a sequence may have; None: the longest one of the data.
+        truncate: what happens to longer ones: `none` (an error), `left`, `right` (that end is cut off), `center` (the
+            middle is kept).
+        bucket: batches of similar length, to save padding.
+        pad_to_multiple: lengths of batches are multiples of this.
+        augment: `reverse_complement`, the probability of reading a training row on the other strand.
+        options: those of `ClassificationDataModule`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        alphabet: str = DNA,
+        max_length: int | None = None,
+        truncate: str = "none",
+        bucket: bool = False,
+        pad_to_multiple: int = 1,
+        augment: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(source, **options)
+        check_alphabet(alphabet)
+        if truncate not in TRUNCATE:
+            raise ValueError(f"data.truncate: expected one of {', '.join(TRUNCATE)}, got {truncate!r}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"data.max_length: expected at least 1, got {max_length}")
+        if pad_to_multiple < 1:
+            raise ValueError(f"data.pad_to_multiple: expected at least 1, got {pad_to_multiple}")
+        self.alphabet, self.max_length, self.truncate = alphabet, max_length, truncate
+        self.bucket, self.pad_to_multiple = bucket, pad_to_multiple
+        self.augmentation = _augmentation(alphabet, **(augment or {}))
+
+    def _store(self, records: Records) -> TokenRows:
+        alphabet, max_length = self.alphabet, self.max_length
+        if self._spec is not None:  # a checkpoint's, or the training data's when predicting
+            if self._spec.kind != "sequence":
+                raise ValueError(f"the checkpoint expects inputs of kind {self._spec.kind!r}, the data are sequences")
+            alphabet, max_length = self._spec.alphabet, self._spec.max_length
+        return tokenise(records.inputs, records.describe, alphabet, max_length, self.truncate)
+
+    def _make_spec(self, store: TokenRows, names: LabelMap, train: np.ndarray) -> DataSpec:
+        longest = self.max_length or int(store.lengths.max())
+        return DataSpec("sequence", names.problem, names.class_names, alphabet=self.alphabet, max_length=longest)
+
+    def _lengths(self, rows: np.ndarray) -> np.ndarray | None:
+        assert self.examples is not None
+        return self.examples.inputs.lengths.numpy()[rows] if self.bucket else None
+
+    def _dataset_options(self) -> dict[str, Any]:
+        return {"pad_to_multiple": self.pad_to_multiple}
+
+    def transform(self, batch: Batch, training: bool) -> Batch:
+        """Token ids, in training some rows on the other strand."""
+        if training and self.augmentation is not None:
+            batch["inputs"] = self.augmentation(batch["inputs"], batch["mask"])
+        return batch
+
+
+def _augmentation(alphabet: str, reverse_complement: float = 0.0) -> ReverseComplement | None:
+    return ReverseComplement(alphabet, reverse_complement) if reverse_complement else None

@@ -1,0 +1,132 @@
+"""Seeded, stratified splits. The result depends on the seed and on the rows alone, never on a file system's order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bimamba.data.records import UNSPLIT
+
+
+def stratified_split(strata: np.ndarray, rows: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Takes a part of `rows`, as evenly over the strata as whole numbers allow.
+
+    Args:
+        strata: int64 `(n,)`: the stratum (class) of every row of the data set.
+        rows: int64 `(m,)`: the rows to split.
+        fraction: size of the part, in [0, 1).
+        seed: decides which rows.
+
+    Returns:
+        `(rest, part)`, both sorted; `part` has `round(m * fraction)` rows (fewer where strata of one row, which stay in
+        the rest, leave no choice).
+    """
+    rng = np.random.default_rng(seed)
+    groups = [rng.permutation(rows[strata[rows] == s]) for s in np.unique(strata[rows])]
+    sizes = np.array([len(g) for g in groups])
+    wanted = round(len(rows) * fraction)
+    exact = sizes * fraction
+    take = np.minimum(np.floor(exact).astype(int), sizes - 1)
+    # What rounding down left over goes to the largest remainders; ties go to the first stratum.
+    order = np.argsort(-(exact - take), kind="stable")
+    while (missing := wanted - take.sum()) > 0:
+        room = [i for i in order if take[i] < sizes[i] - 1][:missing]
+        if not room:
+            break
+        take[room] += 1
+    part = np.concatenate([g[:k] for g, k in zip(groups, take, strict=True)])
+    rest = np.concatenate([g[k:] for g, k in zip(groups, take, strict=True)])
+    return np.sort(rest), np.sort(part)
+
+
+def stratified_folds(strata: np.ndarray, rows: np.ndarray, num_folds: int, seed: int) -> list[np.ndarray]:
+    """Partition of `rows` into folds whose sizes, and whose class counts, differ by at most one."""
+    rng = np.random.default_rng(seed)
+    dealt = np.concatenate([rng.permutation(rows[strata[rows] == s]) for s in np.unique(strata[rows])])
+    return [np.sort(dealt[fold::num_folds]) for fold in range(num_folds)]
+
+
+def strata_of(labels: np.ndarray, problem: str) -> np.ndarray:
+    """Stratum of every row.
+
+    Classes for multiclass and binary; combinations of labels for multilabel (those of fewer than ten rows together);
+    tenths of the first target's range, by rank, for regression.
+    """
+    if problem in ("multiclass", "binary"):
+        return labels.astype(np.int64)
+    if problem == "multilabel":
+        _, strata, counts = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
+        return np.where(counts[strata] < 10, -1, strata.reshape(-1))
+    ranks = np.argsort(np.argsort(labels[:, 0], kind="stable"), kind="stable")
+    return ranks * 10 // max(len(ranks), 1)
+
+
+def make_splits(
+    given: dict[str, np.ndarray],
+    strata: np.ndarray,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    num_folds: int | None,
+    fold: int | None,
+    seed: int,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The three splits, those the source does not define made from its training rows.
+
+    Args:
+        given: rows of `train`, `val`, `test` as the source defines them, or of `all`.
+        strata: as in `stratified_split`.
+        val_fraction: part of the non-test rows that becomes the validation set, where none is given.
+        test_fraction: part of all rows (or of the training rows, where validation but no test set is given) that
+            becomes the test set, where none is given; 0: no test set; 1: every row is a test row.
+        num_folds, fold: k-fold over the non-test rows; fold number `fold` is the validation set.
+        seed: decides which rows.
+
+    Returns:
+        The splits, and sentences that say what was done.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    check_fractions(val_fraction, test_fraction, num_folds, fold)
+    splits = {name: given.get(name, np.zeros(0, np.int64)) for name in ("train", "val", "test")}
+    if UNSPLIT in given:
+        splits["train"] = given[UNSPLIT]
+    notes = []
+    if "test" not in given:
+        if test_fraction == 1:
+            splits = {"train": splits["val"][:0], "val": splits["val"][:0], "test": _merge(splits)}
+            return splits, ["every row is a test row (test_fraction=1)"]
+        splits["train"], splits["test"] = stratified_split(strata, splits["train"], test_fraction, seed)
+        notes.append(f"test: a stratified {test_fraction:.0%} of the rows, seed {seed} (no test set given)")
+    if num_folds is not None:
+        assert fold is not None
+        pool = np.sort(np.concatenate([splits["train"], splits["val"]]))
+        if len(pool) < num_folds and len(pool):
+            raise ValueError(f"data.num_folds: expected at most one fold a row, got {num_folds} for {len(pool)} rows")
+        splits["val"] = stratified_folds(strata, pool, num_folds, seed)[fold]
+        splits["train"] = np.setdiff1d(pool, splits["val"], assume_unique=True)
+        notes.append(f"val: fold {fold} of {num_folds} (stratified, seed {seed}) of the non-test rows")
+    elif "val" not in given and len(splits["train"]):
+        splits["train"], splits["val"] = stratified_split(strata, splits["train"], val_fraction, seed + 1)
+        notes.append(
+            f"val: a stratified {val_fraction:.0%} of the training rows, seed {seed} (no validation set given)"
+        )
+    return splits, notes
+
+
+def check_fractions(val_fraction: float, test_fraction: float, num_folds: int | None, fold: int | None) -> None:
+    """Raises ValueError for options that no data set could satisfy."""
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"data.val_fraction: expected a number in [0, 1), got {val_fraction}")
+    if not 0 <= test_fraction <= 1:
+        raise ValueError(f"data.test_fraction: expected a number in [0, 1], got {test_fraction}")
+    if (num_folds is None) != (fold is None):
+        raise ValueError(f"data.num_folds and data.fold go together, got num_folds={num_folds}, fold={fold}")
+    if num_folds is not None and num_folds < 2:
+        raise ValueError(f"data.num_folds: expected at least 2, got {num_folds}")
+    if num_folds is not None and fold is not None and not 0 <= fold < num_folds:
+        raise ValueError(f"data.fold: expected 0 to {num_folds - 1} (num_folds={num_folds}), got {fold}")
+
+
+def _merge(splits: dict[str, np.ndarray]) -> np.ndarray:
+    return np.sort(np.concatenate(list(splits.values())))
