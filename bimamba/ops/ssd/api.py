@@ -172,8 +172,9 @@ def _scan(
     if backend == "reference":
         y, *finals = ssd_reference(x, forward, backward, **options)
         return y.to(x.dtype), *finals
-    q = min(chunk_size or MAX_SIZE, best_chunk(x.shape[-1], forward.B.shape[-1]))
-    return ssd_chunked(x, forward, backward, chunk_size=q, **options)
+    q = best_chunk(x.shape[1], x.shape[-1], forward.B.shape[-1])
+    q = min(chunk_size or q, q)
+    return ssd_chunked(x, forward, backward, chunk_size=q, return_final_states=return_final_states, **options)
 
 
 def _triton(x: Tensor, forward: Direction, backward: Direction | None, *, initial_states, **options):

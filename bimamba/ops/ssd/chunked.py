@@ -1,17 +1,20 @@
 """The SSD operator, chunk by chunk, in plain PyTorch with plain autograd: the path for CPUs, and for any device.
 
-The mathematics of DESIGN (section 3) for both directions at once. Within a chunk of length q, with the inclusive sum
-`s_t = sum_{k<=t} a_k` and the exclusive sum `e_t = s_t - a_t` of `a = delta A`:
+The mathematics of both directions at once. Within a chunk of length q, with the inclusive sum `s_t = sum_{k<=t} a_k`
+and the exclusive sum `e_t = s_t - a_t` of `a = delta A`:
 
-1. the chunk's own states:  `Sf = sum_j exp(s_last - s_j) delta_j x_j B_j^T`,  `Sb = sum_j exp(e_j) delta_j x_j B_j^T`
+1. its own states:  `Sf = sum_j exp(s_last - s_j) B_j (delta_j x_j)^T`,  `Sb = sum_j exp(e_j) B_j (delta_j x_j)^T`
 2. passing: `Sf` runs left to right, `Sb` right to left, both times `exp(s_last)` of the chunk that they cross
-3. output: one matrix for both directions, whose lower triangle decays by `exp(s_i - s_j)` and whose upper by
-   `exp(e_j - e_i)`, so that a second direction costs no second product
-4. `y_i += exp(s_i) C_i Sf_before + exp(s_last - e_i) C_i Sb_after`
+3. the chunk's own tokens: one matrix for both directions, whose lower triangle decays by `exp(s_i - s_j)` and whose
+   upper one by `exp(e_j - e_i)`, so that a second direction costs no second product
+4. the states that enter: `y_i += exp(s_i) C_i Sf + exp(s_last - e_i) C_i Sb`
 
 No exponent is ever positive, so strong decays underflow to zero and nothing overflows. The shifted form reads `C` and
-the sums of the neighbouring row (`e_i` for `s_i` forward, `s_i` for `e_i` backward). Layouts keep `(q, h, p)` as the
-inputs have it: steps 1 and 4 are then one product per group over all its heads, without a transpose.
+the sums of the neighbouring row (`e_i` for `s_i` forward, `s_i` for `e_i` backward). On a CPU the passes over memory
+count, not the arithmetic: weights go onto `B` and `C`, the narrower operands, and both directions share a product.
+
+Shapes carry their axes as suffixes: b batch, c chunk, h head, g group, r head in group (h = g r), q position in the
+chunk, d direction, n state, p head size.
 """
 
 from __future__ import annotations
@@ -37,178 +40,173 @@ def ssd_chunked(
     seq_idx: Tensor | None = None,
     initial_states: tuple[Tensor | None, Tensor | None] = (None, None),
     shift: bool = False,
+    return_final_states: bool = True,
     chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Arguments and results as of `ssd_reference`; `y` in the dtype of `x`, states in float32 (float64 for float64).
 
     bf16 and fp16 inputs are computed in float32. `chunk_size` None chooses the fastest; it does not change the result.
+    Without `return_final_states` the states are None, and a sequence of a single chunk needs none at all.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    _, l, h, p = x.shape
-    g, n = forward.B.shape[2:]
-    q = min(chunk_size or best_chunk(p, n), l)
+    l, p, n = x.shape[1], x.shape[-1], forward.B.shape[-1]
+    q = min(chunk_size or best_chunk(l, p, n), l)
     pad = -l % q
     tied = backward is forward
 
     def cut(t: Tensor) -> Tensor:
         """(b, l, ...) -> (b, c, q, ...), padded with zeros: a step of size zero moves no state and adds nothing"""
-        t = t.to(dtype)
         t = F.pad(t, [0, 0] * (t.dim() - 2) + [0, pad]) if pad else t
-        return t.unflatten(1, (-1, q))
+        return t.to(dtype).unflatten(1, (-1, q))
 
-    xs = cut(x)
-    idx = None
+    idx_bcq = None
     if seq_idx is not None:  # padding belongs to the last sequence
         idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], dim=1) if pad else seq_idx
-        idx = idx.unflatten(1, (-1, q))
+        idx_bcq = idx.unflatten(1, (-1, q))
 
-    def sums(direction: Direction) -> tuple[Tensor, Tensor, Tensor]:
-        delta = cut(step_size(direction.dt, direction.dt_bias, dt_softplus, dt_limit, dtype))
-        a = delta * direction.A.to(dtype)
-        s = a.cumsum(dim=2)  # (b, c, q, h)
-        return delta, s, s - a
+    x_bchqp = cut(x).transpose(2, 3).contiguous()
+    reads = []
+    for reverse, direction in enumerate(d for d in (forward, backward) if d is not None):
+        if not (reverse and tied):
+            delta = cut(step_size(direction.dt, direction.dt_bias, dt_softplus, dt_limit, dtype)).transpose(2, 3)
+            s = (delta * direction.A.to(dtype)[:, None]).cumsum(dim=-1)  # (b, c, h, q)
+            e = F.pad(s[..., :-1], (1, 0))
+            xd = x_bchqp * delta[..., None]
+        turn = flip if reverse else _same
+        C = cut(turn(shift_down(turn(direction.C), turn(seq_idx))) if shift else direction.C)
+        reads.append(_Read(cut(direction.B), C, s, e, (s if reverse else e) if shift else (e if reverse else s), xd))
 
-    def rows(direction: Direction, turn) -> Tensor:
-        """The rows of C that a direction reads: its own, or the neighbour's in the shifted form."""
-        return cut(turn(shift_down(turn(direction.C), turn(seq_idx))) if shift else direction.C)
-
-    delta, s, e = sums(forward)
-    C, B = rows(forward, lambda t: t), cut(forward.B)
-    xd = xs * delta[..., None]
-    states = [(xd, torch.exp(s[:, :, -1:] - s), B, s[:, :, -1])]
-    reads = [(C, torch.exp(e if shift else s))]
-    parts = [(C, B, e if shift else s, s, xd)]
-    if backward is not None:
-        delta_b, s_b, e_b = (delta, s, e) if tied else sums(backward)
-        C_b = rows(backward, flip) if shift or not tied else C
-        B_b = B if tied else cut(backward.B)
-        xd_b = xd if tied else xs * delta_b[..., None]
-        states.append((xd_b, torch.exp(e_b), B_b, s_b[:, :, -1]))
-        reads.append((C_b, torch.exp(s_b[:, :, -1:] - (s_b if shift else e_b))))
-        parts.append((C_b, B_b, -(s_b if shift else e_b), -e_b, xd_b))
-
-    # 1 and 2, and 4
-    y, finals = 0.0, []
-    for reverse, (own, read, state) in enumerate(zip(states, reads, initial_states, strict=False)):
-        before, final = _pass(*_own_states(*own, g, idx, reverse), state, g, n, idx, reverse)
-        C_read, weight = read
-        if idx is not None:
-            weight = weight * _reaches(idx, reverse)[..., None]
-        off = _per_group(C_read.transpose(2, 3) @ before).unflatten(-1, (h, p))
-        y = y + off * weight[..., None]
-        finals.append(final)
-    # 3
-    y = y + _within(parts, tied, shift, idx, h)
-
+    y = _within(reads, tied, shift, idx_bcq)
+    finals: tuple[Tensor | None, ...] = (None, None)
+    if q < l or return_final_states or any(state is not None for state in initial_states):
+        own, decay = _own_states(reads, tied, idx_bcq)
+        states = [None if s is None else s.to(dtype).mT for s in initial_states]
+        passed = [_pass(o, d, s, i) for i, (o, d, s) in enumerate(zip(own, decay, states, strict=False))]
+        y = _add_states(y, reads, [before for before, _ in passed], idx_bcq)
+        finals = (*(final.mT for _, final in passed), None)
+    y = y.transpose(2, 3).flatten(1, 2)[:, :l]
     if D is not None:
-        y = y + (D if D.dim() == 2 else D[:, None]).to(dtype) * xs
-    y = y.flatten(1, 2)[:, :l]
+        y = torch.addcmul(y, (D if D.dim() == 2 else D[:, None]).to(dtype), x.to(dtype))
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    return y.to(x.dtype), finals[0], finals[1] if backward is not None else None
+    return (y.to(x.dtype), *finals[:2]) if return_final_states else (y.to(x.dtype), None, None)
 
 
-def best_chunk(p: int, n: int) -> int:
+def best_chunk(l: int, p: int, n: int) -> int:
     """The chunk length at which the q x q matrices weigh about as much as the p x n states, a power of two.
 
-    Measured on two CPU cores, forward and backward (benchmark/benchmark_cpu.py): see `BENCHMARKS.md`.
+    A short sequence is faster as a single chunk, which has no states. Milliseconds of a forward and backward pass, one
+    core, h4 (b l p n: chunk 16, 32, 64, l): 8 251 32 16: 18, 12, 14, 37; 8 251 32 64: 38, 30, 27, 100;
+    16 96 32 32: 15, 14, 20, 9; 16 128 32 16: 12, 10, 11, 21; 16 128 32 64: 41, 28, 26, 15; 16 192 32 64: 70 41 41 82.
     """
-    return min(128, max(16, 2 ** round(math.log2(math.sqrt(p * n)))))
+    q = min(128, max(16, 2 ** math.ceil(math.log2(p * n) / 2)))
+    return l if l <= min(3 * q, 128) else q
 
 
-def _own_states(xd: Tensor, weight: Tensor, B: Tensor, total: Tensor, g: int, idx: Tensor | None, reverse: int):
-    """`sum_j weight_j delta_j x_j B_j^T` a chunk, `(b, c, g, n, h/g * p)`, and the decay across it, `(b, c, h)`."""
-    decay = torch.exp(total)
-    if idx is not None:
-        edge = idx[:, :, :1] if reverse else idx[:, :, -1:]
-        weight = weight * (idx == edge)[..., None]
-        decay = decay * _crosses(idx, reverse)[..., None]
-    xw = xd * weight[..., None]
-    xw = xw.unflatten(3, (g, -1)).flatten(4).transpose(2, 3)  # (b, c, g, q, h/g * p)
-    return B.permute(0, 1, 3, 4, 2) @ xw, decay
+class _Read:
+    """What a direction reads, in chunks: `B, C (b, c, q, g, n)`, sums `s, e, row (b, c, h, q)`, `xd (b, c, h, q, p)`.
+
+    `row` is the sum that goes with row i of `C`: s (forward) or e (backward), the neighbour's in the shifted form.
+    """
+
+    def __init__(self, B: Tensor, C: Tensor, s: Tensor, e: Tensor, row: Tensor, xd: Tensor) -> None:
+        self.B, self.C, self.s, self.e, self.row, self.xd = B, C, s, e, row, xd
 
 
-def _crosses(idx: Tensor, reverse: int) -> Tensor:
-    """Whether what enters a chunk leaves it, `(b, c)`: its two ends and the entry are one sequence."""
-    enters = _entering(idx, reverse)
-    leaves = idx[:, :, 0] if reverse else idx[:, :, -1]
-    return leaves == enters
+def _same(t):
+    return t
 
 
-def _reaches(idx: Tensor, reverse: int) -> Tensor:
-    """Whether what enters a chunk reaches token i of it, `(b, c, q)`."""
-    return idx == _entering(idx, reverse)[..., None]
+def _weigh(t_bcqgn: Tensor, weight_bchq: Tensor) -> Tensor:
+    """B or C with a weight a head: `(b, c, h, q, n)`."""
+    t_bcg1qn = t_bcqgn.transpose(2, 3).unsqueeze(3)
+    return (t_bcg1qn * weight_bchq.unflatten(2, (t_bcqgn.shape[3], -1))[..., None]).flatten(2, 3)
 
 
-def _entering(idx: Tensor, reverse: int) -> Tensor:
-    """The sequence of the token before the chunk in this direction, `(b, c)`; at the edge, the first token's own."""
-    if reverse:
-        return torch.cat([idx[:, 1:, 0], idx[:, -1:, -1]], dim=1)
-    return torch.cat([idx[:, :1, 0], idx[:, :-1, -1]], dim=1)
+def _within(reads: list[_Read], tied: bool, shift: bool, idx_bcq: Tensor | None) -> Tensor:
+    """3. The output that a chunk's own tokens give, `(b, c, h, q, p)`, by one product for tied directions."""
+    q = reads[0].s.shape[-1]
+    i = torch.arange(q, device=reads[0].s.device)
+    lower = i[:, None] > i if shift else i[:, None] >= i
+    same = None if idx_bcq is None else (idx_bcq[..., :, None] == idx_bcq[..., None, :])[:, :, None]
 
+    def product(read: _Read) -> Tensor:  # (b, c, g, q, q): shared by the heads of a group
+        return read.C.transpose(2, 3) @ read.B.permute(0, 1, 3, 4, 2)
 
-def _pass(own: Tensor, decay: Tensor, state: Tensor | None, g: int, n: int, idx, reverse: int):
-    """Runs the states over the chunks. Returns what enters each chunk, `(b, c, g, n, h/g * p)`, and the final state."""
-    b, c, _, _, width = own.shape
-    h = decay.shape[-1]
-    p = width * g // h
-    own = own.unflatten(-1, (h // g, p))
-    decay = decay.view(b, c, g, 1, h // g, 1)
-    if state is None:
-        carry = own.new_zeros(b, g, n, h // g, p)
-    else:
-        carry = state.to(own.dtype).view(b, g, h // g, p, n).permute(0, 1, 4, 2, 3)
-    before = []
-    # unbind, not own[:, i]: the gradient of an index is a tensor of the full size, for every chunk
-    chunks = list(zip(own.unbind(1), decay.unbind(1), strict=True))
-    for own_states, crossed in reversed(chunks) if reverse else chunks:
-        before.append(carry)
-        carry = torch.addcmul(own_states, carry, crossed)
-    if reverse:
-        before.reverse()
-    final = carry.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
-    return torch.stack(before, dim=1).flatten(-2), final
-
-
-def _per_group(y: Tensor) -> Tensor:
-    """(b, c, g, q, h/g * p) -> (b, c, q, h * p)"""
-    return y.transpose(2, 3).flatten(3)
-
-
-def _within(parts, tied: bool, shift: bool, idx: Tensor | None, h: int) -> Tensor:
-    """The output that a chunk's own tokens give, `(b, c, q, h, p)`, by one product for tied directions."""
-    q = parts[0][2].shape[2]
-    i = torch.arange(q, device=parts[0][2].device)
-    lower = i[:, None] > i[None, :] if shift else i[:, None] >= i[None, :]
-    lower, upper = lower, lower.T
-    same = None if idx is None else (idx[:, :, None, :, None] == idx[:, :, None, None, :])
-
-    def product(C: Tensor, B: Tensor) -> Tensor:  # (b, c, g, q, q): shared by the heads of a group
-        return C.transpose(2, 3) @ B.permute(0, 1, 3, 4, 2)
-
-    def exponent(row: Tensor, column: Tensor) -> Tensor:  # (b, c, h, q, q)
-        # the sign is turned on the vector: autograd would otherwise negate the gradient of the whole matrix
-        row, column = row.transpose(2, 3), -column.transpose(2, 3)
+    def exponent(reverse: int) -> Tensor:  # (b, c, h, q, q); the sign is turned on the vectors, which are small
+        read = reads[reverse]
+        row, column = (-read.row, read.e) if reverse else (read.row, -read.s)
         return row[..., :, None] + column[..., None, :]
 
     def apply(CB: Tensor, exponent: Tensor, keep: Tensor | None, xd: Tensor) -> Tensor:
         if keep is not None:
             exponent = torch.where(keep, exponent, -torch.inf)
         M = CB.unsqueeze(3) * torch.exp(exponent).unflatten(2, (CB.shape[2], -1))
-        return (M.flatten(2, 3) @ xd.transpose(2, 3)).transpose(2, 3)
+        return M.flatten(2, 3) @ xd
 
-    if len(parts) == 2 and tied:
-        (C, B, row, column, xd), (C_b, _, row_b, column_b, _) = parts
-        CB = product(C, B)
-        both = torch.where(lower, exponent(row, column), exponent(row_b, column_b))
-        if shift:
-            CB = torch.where(lower, CB, torch.where(upper, product(C_b, B), 0.0))
-            both = torch.where(i[:, None] == i[None, :], 0.0, both)
-        else:
-            CB = CB * (1.0 + torch.eye(q, dtype=CB.dtype, device=CB.device))  # the diagonal, in both directions
-        return apply(CB, both, same, xd)
-    y = 0.0
-    for (C, B, row, column, xd), triangle in zip(parts, (lower, upper), strict=False):
-        keep = triangle if same is None else triangle & same
-        y = y + apply(product(C, B), exponent(row, column), keep, xd)
+    if len(reads) == 2 and tied:
+        both = torch.where(lower, exponent(0), exponent(1))
+        CB = product(reads[0])
+        if shift:  # the diagonal belongs to neither direction
+            CB = torch.where(lower, CB, torch.where(lower.T, product(reads[1]), 0.0))
+            both = torch.where(i[:, None] == i, 0.0, both)
+        else:  # and here to both
+            CB = CB * (1.0 + torch.eye(q, dtype=CB.dtype, device=CB.device))
+        return apply(CB, both, same, reads[0].xd)
+    y = None
+    for reverse, read in enumerate(reads):
+        triangle = lower.T if reverse else lower
+        part = apply(product(read), exponent(reverse), triangle if same is None else triangle & same, read.xd)
+        y = part if y is None else y + part
     return y
+
+
+def _own_states(reads: list[_Read], tied: bool, idx_bcq: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    """1. The states of each chunk by itself, `(b, c, h, n, p)` a direction, and the decay across it, `(b, c, h)`."""
+    weights, decays = [], []
+    for reverse, read in enumerate(reads):
+        last = read.s[..., -1:]
+        weight, decay = torch.exp(read.e if reverse else last - read.s), torch.exp(last.squeeze(-1))
+        if idx_bcq is not None:
+            leaves = idx_bcq[..., 0] if reverse else idx_bcq[..., -1]
+            weight = weight * (idx_bcq == leaves[..., None])[:, :, None]
+            decay = decay * (leaves == _entering(idx_bcq, reverse))[..., None]
+        weights.append(weight)
+        decays.append(decay)
+    if len(reads) == 2 and tied:
+        both = torch.cat([_weigh(reads[0].B, w) for w in weights], dim=-1)
+        return list((both.mT @ reads[0].xd).chunk(2, dim=-2)), decays
+    return [_weigh(r.B, w).mT @ r.xd for r, w in zip(reads, weights, strict=True)], decays
+
+
+def _pass(own: Tensor, decay: Tensor, state: Tensor | None, reverse: int) -> tuple[Tensor, Tensor]:
+    """2. Runs states over chunks: what enters each, `(b, c, h, n, p)`, and the final state `(b, h, n, p)`."""
+    carry = torch.zeros_like(own[:, 0]) if state is None else state
+    before = []
+    # unbind, not own[:, i]: the gradient of an index is a tensor of the full size, for every chunk
+    chunks = list(zip(own.unbind(1), decay[..., None, None].unbind(1), strict=True))
+    for own_state, crossed in reversed(chunks) if reverse else chunks:
+        before.append(carry)
+        carry = torch.addcmul(own_state, carry, crossed)
+    if reverse:
+        before.reverse()
+    return torch.stack(before, dim=1), carry
+
+
+def _add_states(y: Tensor, reads: list[_Read], before: list[Tensor], idx_bcq: Tensor | None) -> Tensor:
+    """4. Adds what the entering states give: `y (b, c, h, q, p)`, `before (b, c, h, n, p)` a direction."""
+    rows = []
+    for reverse, read in enumerate(reads):
+        weight = torch.exp(read.s[..., -1:] - read.row if reverse else read.row)
+        if idx_bcq is not None:
+            weight = weight * (idx_bcq == _entering(idx_bcq, reverse)[..., None])[:, :, None]
+        rows.append(_weigh(read.C, weight))
+    rows, states = torch.cat(rows, dim=-1), torch.cat(before, dim=-2)
+    return torch.baddbmm(y.flatten(0, 2), rows.flatten(0, 2), states.flatten(0, 2)).view_as(y)
+
+
+def _entering(idx_bcq: Tensor, reverse: int) -> Tensor:
+    """The sequence of the token before the chunk in this direction, `(b, c)`; at the edge, the first token's own."""
+    if reverse:
+        return torch.cat([idx_bcq[:, 1:, 0], idx_bcq[:, -1:, -1]], dim=1)
+    return torch.cat([idx_bcq[:, :1, 0], idx_bcq[:, :-1, -1]], dim=1)

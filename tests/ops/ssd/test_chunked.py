@@ -109,4 +109,7 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_chunk_lengths_are_powers_of_two_in_range():
-    assert [best_chunk(p, n) for p, n in ((1, 1), (32, 32), (64, 64), (64, 128), (256, 256))] == [16, 32, 64, 64, 128]
+    assert [best_chunk(999, p, n) for p, n in ((1, 1), (32, 32), (64, 64), (64, 128), (256, 256))] == [
+        16, 32, 64, 128, 128,
+    ]  # fmt: skip
+    assert [best_chunk(l, 32, 32) for l in (1, 33, 96, 97)] == [1, 33, 96, 32]  # one chunk has no states
