@@ -161,5 +161,7 @@ class ReverseComplement(nn.Module):
         lengths = mask.sum(1, keepdim=True)
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         source = torch.where(mask, lengths - 1 - columns, columns)
-        turned = self.complement.to(tokens.device)[tokens.gather(1, source)]
+        if self.complement.device != tokens.device:
+            self.to(tokens.device)  # once: a copy at each batch would wait for the device
+        turned = self.complement[tokens.gather(1, source)]
         return torch.where(chosen, turned, tokens)

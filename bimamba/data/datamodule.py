@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +11,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from bimamba.data import preflight
 from bimamba.data.collate import Batch, collate
+from bimamba.data.images import LazyImages, cores
 from bimamba.data.labels import LabelMap
 from bimamba.data.records import SPLITS, Records, Source
 from bimamba.data.samplers import Draw, EvalBatches, TrainBatches
+from bimamba.data.sequences import TokenRows
 from bimamba.data.splits import check_fractions, make_splits, strata_of
 from bimamba.spec import DataSpec
 
@@ -31,13 +33,14 @@ class Examples:
         inputs: has `batch(rows, …)`, see `images.py` and `sequences.py`.
         labels: int64 `(n,)`, float32 `(n, k)`, or None where unknown.
         ids: names of the rows.
-        records: where they came from.
     """
 
     inputs: Any
     labels: torch.Tensor | None
     ids: pa.Array
-    records: Records
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class RowDataset(Dataset):
@@ -58,7 +61,7 @@ class RowDataset(Dataset):
         examples = self.examples
         label = None if examples.labels is None else examples.labels[index]
         ids = examples.ids.take(pa.array(rows)).to_pylist()
-        if hasattr(examples.inputs, "tokens"):
+        if isinstance(examples.inputs, TokenRows):
             inputs, mask = examples.inputs.batch(index, self.pad_to_multiple)
             return collate(inputs, ids, label, mask)
         return collate(examples.inputs.batch(index, epoch if self.training else None), ids, label)
@@ -153,6 +156,8 @@ class ClassificationDataModule(LightningDataModule):
 
     def expect(self, spec: DataSpec) -> None:
         """Takes statistics, alphabet, length and class names from a checkpoint. Call before `setup`."""
+        if self.examples is not None:
+            raise RuntimeError("expect() comes before setup()")
         self.expected = self._spec = spec
 
     @property
@@ -187,7 +192,8 @@ class ClassificationDataModule(LightningDataModule):
         """
         stage = getattr(stage, "value", stage)
         if stage == "predict":
-            self._setup_predict()
+            if self._predicted is None:
+                self._setup_predict()
         elif self.examples is None:
             self._setup_labelled(stage)
 
@@ -211,7 +217,7 @@ class ClassificationDataModule(LightningDataModule):
         store = self._store(records)
         if self.expected is None:
             self._spec = self._make_spec(store, names, splits["train"])
-        self.examples = Examples(store, labels, pa.array(records.ids, pa.large_string()), records)
+        self.examples = Examples(store, labels, pa.array(records.ids, pa.large_string()))
         self.splits, self.notes = splits, records.notes + notes
         if not evaluating:
             preflight.check_classes(self)
@@ -259,6 +265,8 @@ class ClassificationDataModule(LightningDataModule):
         records = self.source.read(self.predict)
         if len(records) == 0:
             raise ValueError(f"data.predict: expected at least one row, found none in {self.predict}")
+        for note in records.notes:
+            preflight.warn(f"{self.predict}: {note}")
         labels = None
         if records.labels is not None:
             try:
@@ -266,7 +274,7 @@ class ClassificationDataModule(LightningDataModule):
             except ValueError as error:
                 # A table to predict may carry anything in its label column; say so and predict all the same.
                 preflight.warn(f"labels of {self.predict} are left out: {error}")
-        self._predicted = Examples(self._store(records), labels, pa.array(records.ids, pa.large_string()), records)
+        self._predicted = Examples(self._store(records), labels, pa.array(records.ids, pa.large_string()))
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches."""
@@ -297,7 +305,7 @@ class ClassificationDataModule(LightningDataModule):
         """Every row of `data.predict` once, in order."""
         if self._predicted is None:
             raise RuntimeError("call setup('predict') first")
-        dataset = RowDataset(self._predicted, np.arange(len(self._predicted.records)), **self._dataset_options())
+        dataset = RowDataset(self._predicted, np.arange(len(self._predicted)), **self._dataset_options())
         size = self.eval_batch_size or self.batch_size
         return self._loader(dataset, EvalBatches(len(dataset), size, **self._process()))
 
@@ -328,7 +336,9 @@ class ClassificationDataModule(LightningDataModule):
 
     def _overfitting(self) -> bool:
         """With overfit_batches Lightning puts a sequential sampler into every loader: that needs ordinary batching."""
-        return self.trainer is not None and self.trainer.training and self.trainer.overfit_batches > 0
+        if self.trainer is None:
+            return False
+        return self.trainer.state.fn == TrainerFn.FITTING and self.trainer.overfit_batches > 0
 
     def _process(self) -> dict[str, int]:
         if self.trainer is None:
@@ -353,11 +363,12 @@ class ClassificationDataModule(LightningDataModule):
     def _workers(self, dataset: RowDataset) -> int:
         if self.num_workers != "auto":
             return int(self.num_workers)
-        if not hasattr(dataset.examples.inputs, "images"):  # in memory: a batch is one gather, a worker only copies it
+        if not isinstance(
+            dataset.examples.inputs, LazyImages
+        ):  # in memory: a batch is one gather, a worker only copies it
             return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = self.trainer.num_devices if self.trainer is not None else 1
-        return max(1, min(16, cores // local))
+        return max(1, min(16, cores() // local))
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -87,7 +87,7 @@ def report(data: ClassificationDataModule) -> dict[str, Any]:
         found["lengths"] = _lengths(store, splits)
         found["unknown"] = _unknown(store, spec.alphabet)
         if store.truncated:
-            found["notes"].append(f"{store.truncated} sequences cut to {spec.max_length} ({data.truncate} end)")
+            found["notes"].append(f"{store.truncated} sequences cut to {spec.max_length} (truncate={data.truncate})")
     else:
         found["image"] = {key: getattr(spec, key) for key in ("channels", "height", "width")}
         found["image"].update(mean=list(spec.mean), std=list(spec.std), in_memory=isinstance(store, CachedImages))

@@ -88,6 +88,16 @@ class Origins:
         return found if self.kept is None else [found[i] for i in self.kept.tolist()]
 
 
+class Names:
+    """Where row i comes from, for rows that are files of their own. A class, since loader processes may pickle it."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def __call__(self, row: int) -> str:
+        return self.names[row]
+
+
 class Source(Protocol):
     """Where rows come from. `path` and `task` are the DataModule's own options, handed on."""
 

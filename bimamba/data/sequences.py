@@ -172,6 +172,12 @@ def check_alphabet(alphabet: str) -> None:
             "data.alphabet: expected different capital letters, the last one standing for every unknown character "
             f"(DNA: {DNA!r}), got {alphabet!r}"
         )
+    if _misses_n(alphabet):
+        raise ValueError(f"data.alphabet: expected a last letter for unknown bases ({DNA!r}), got {alphabet!r}")
+
+
+def _misses_n(alphabet: str) -> bool:
+    return set(alphabet) == set("ACGT")
 
 
 def is_dna(alphabet: str) -> bool:

@@ -55,7 +55,8 @@ def strata_of(labels: np.ndarray, problem: str) -> np.ndarray:
         return labels.astype(np.int64)
     if problem == "multilabel":
         _, strata, counts = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
-        return np.where(counts[strata] < 10, -1, strata.reshape(-1))
+        strata = strata.reshape(-1)  # some numpy releases keep the axes of `labels`
+        return np.where(counts[strata] < 10, -1, strata)
     ranks = np.argsort(np.argsort(labels[:, 0], kind="stable"), kind="stable")
     return ranks * 10 // max(len(ranks), 1)
 

@@ -66,6 +66,7 @@ class VisionDataModule(ClassificationDataModule):
             raise ValueError(f"data.image_size: expected pixels, or [height, width], got {image_size}")
         self.image_size, self.channels, self.resize, self.crop_fraction = size, channels, resize, crop_fraction
         self.mean, self.std, self.cache = mean, std, cache
+        self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self.augmentation = ImageAugmentation(**(augment or {}))
 
     def _geometry(self, records: Records) -> Geometry:
@@ -117,12 +118,19 @@ class VisionDataModule(ClassificationDataModule):
     def transform(self, batch: Batch, training: bool) -> Batch:
         """uint8 images to float32, augmented (in training) and normalised by `spec.mean` and `spec.std`."""
         images = batch["inputs"]
-        mean, std = (torch.tensor(v, device=images.device) for v in (self.spec.mean, self.spec.std))
+        mean, std = self._statistics(images.device)
         if training:
             decoded_cropped = self.examples is not None and isinstance(self.examples.inputs, LazyImages)
             images = self.augmentation(images, mean, crop=not decoded_cropped)
         batch["inputs"] = normalise(images, mean, std)
         return batch
+
+    def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation on the device; kept, since a copy from the host waits for the device."""
+        if device not in self._on_device:
+            spec = self.spec
+            self._on_device[device] = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
+        return self._on_device[device]
 
 
 def _check_kind(spec: DataSpec) -> None:

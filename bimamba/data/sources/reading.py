@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bimamba.data.fasta import is_fasta, read_fasta
+from bimamba.data.fasta import class_of, is_fasta, read_fasta
 from bimamba.data.images import EncodedImages, find_images
 from bimamba.data.labels import read_labels
-from bimamba.data.records import UNSPLIT, Origins, Records, existing
+from bimamba.data.records import UNSPLIT, Names, Origins, Records, existing
 from bimamba.data.sequences import ByteRows
 from bimamba.data.tables import Rows, column_names, find_tables, is_table, read_rows
 
-Names = Callable[[str], "tuple[str, ...] | None"]
+LabelNames = Callable[[str], "tuple[str, ...] | None"]
 
 
 def fasta_records(paths: Sequence[Path]) -> tuple[Records, list[int]]:
@@ -48,7 +48,10 @@ def read_sequences(
     if root.is_dir():
         fasta = sorted(p for p in root.rglob("*") if p.is_file() and is_fasta(p))
     if fasta:
-        return fasta_records(fasta)[0]
+        records, counts = fasta_records(fasta)
+        if root.is_dir():  # perhaps one file a class
+            records.labels = np.repeat(np.array([class_of(p) for p in fasta], dtype=object), counts)
+        return records
     files = find_tables(root)
     everything = [p for paths in files.values() for p in paths]
     present = set.intersection(*(set(column_names(p)) for p in everything))
@@ -67,7 +70,7 @@ def table_records(
     sequence_column: str,
     label_columns: Sequence[str],
     id_column: str | None,
-    names: Names,
+    names: LabelNames,
     lenient: bool = False,
 ) -> Records:
     """Rows of a table with sequences as records. `lenient`: see `table_labels`."""
@@ -84,7 +87,7 @@ def table_records(
 
 
 def table_labels(
-    rows: Rows, columns: Sequence[str], names: Names, lenient: bool
+    rows: Rows, columns: Sequence[str], names: LabelNames, lenient: bool
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None, list[str]]:
     """Labels, their names, and what was left out.
 
@@ -147,7 +150,10 @@ def read_images(
         return image_file_records([root], root.parent)
     files = find_images(root) if root.is_dir() else []
     if files:
-        return image_file_records(files, root)
+        records = image_file_records(files, root)
+        if all(p.parent != root for p in files):  # perhaps one folder a class
+            records.labels = np.array([p.relative_to(root).parts[0] for p in files], dtype=object)
+        return records
     tables = [p for paths in find_tables(root).values() for p in paths]
     present = set.intersection(*(set(column_names(p)) for p in tables))
     if image_column not in present:
@@ -163,7 +169,7 @@ def read_images(
 def image_file_records(files: Sequence[Path], root: Path) -> Records:
     """Image files, unlabelled; ids are paths below `root`."""
     ids = [p.relative_to(root).as_posix() for p in files]
-    describe = lambda row: str(files[row])  # noqa: E731
+    describe = Names([str(p) for p in files])
     return Records(EncodedImages(files, describe), ids, {UNSPLIT: np.arange(len(files))}, describe)
 
 
@@ -172,7 +178,7 @@ def image_table_records(
     image_column: str,
     label_columns: Sequence[str],
     id_column: str | None,
-    names: Names,
+    names: LabelNames,
     path: Path | None,
     lenient: bool = False,
 ) -> Records:
