@@ -58,7 +58,7 @@ def grad_bc_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS,
     LINES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -79,7 +79,7 @@ def grad_bc_kernel(
     BOTH: tl.constexpr = FORWARD and BACKWARD
     SET: tl.constexpr = 1 if (SETS == 2 and BACKWARD) else 0
     K: tl.constexpr = Q * HALVES
-    PARTS: tl.constexpr = H // G // HEADS
+    PARTS = H // G // HEADS
     pid = tl.program_id(0)
     i_half = pid % HALVES
     pid //= HALVES
@@ -109,14 +109,13 @@ def grad_bc_kernel(
             m_far = sequence_ids(p_seq, o_far, L, Q) == id_near
             m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == id_near
     o_C = (o_l - 1 if FORWARD else o_l + 1) if SHIFT else o_l
-    b_C = load_tile(C, i_b, o_C, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
     if HALVES == 2:
         B_far = load_tile(B, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
         C_far = load_tile(C, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
     acc_B = tl.zeros((Q, BLOCK_N), tl.float32)
     acc_C = tl.zeros((Q, BLOCK_N), tl.float32)
     dM = tl.zeros((Q, Q), tl.float32)
-    for i_head in tl.range(0, HEADS, num_stages=STAGES):
+    for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         i_h = i_first + i_head
         i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
         i_row = i_b.to(tl.int64) * H + i_h
@@ -165,14 +164,30 @@ def grad_bc_kernel(
             to_2 = to_left
             from_2 = from_right
 
+        b_C = load_tile(C, i_b, o_C, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
         xdy = tl.zeros((Q, Q), tl.float32)
+        for k_p in tl.static_range(BLOCKS_P):
+            b_x = load_tile(x, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
+            b_dy = load_tile(dy, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
+            xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
+        if BOTH:
+            w = both_ways(f[None, :], b[None, :], s[:, None], e[:, None])
+        elif FORWARD:
+            w = rightward(i, j, f[None, :], s[:, None], SHIFT)
+        else:
+            w = leftward(i, j, b[None, :], e[:, None], SHIFT)
+        if HAS_SEQ:
+            w = tl.where(ids[None, :] == ids[:, None], w, 0.0)
+        dM += xdy * (w * delta[:, None])
+
         read_1 = tl.zeros((Q,), tl.float32)
         read_2 = tl.zeros((Q,), tl.float32)
         crossed = 0.0
         for k_p in tl.static_range(BLOCKS_P):
             o_p: tl.constexpr = k_p * BLOCK_P
-            b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
-            b_dy = load_tile(dy, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+            if BLOCKS_P > 1:
+                b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+                b_dy = load_tile(dy, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
             if HALVES == 2:
                 i_1 = i_state + ((1 - i_half) if BOTH else 0)
                 S_1 = load_state(states, i_1, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
@@ -202,25 +217,16 @@ def grad_bc_kernel(
                     g_2 = load_state(grad_states, i_state, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
                     met += S_2.to(tl.float32) * g_2.to(tl.float32)
             crossed += tl.sum(tl.sum(met, 1), 0)
-            xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
             acc_B += tl.dot(b_x, g_1, input_precision=PRECISION) * to_1[:, None]
+            if BOTH:
+                acc_B += tl.dot(b_x, g_2, input_precision=PRECISION) * to_2[:, None]
             t = tl.dot(b_dy, S_1, input_precision=PRECISION) * from_1[:, None]
             read_1 += tl.sum(b_C.to(tl.float32) * t, 1)
             acc_C += t
             if BOTH:
-                acc_B += tl.dot(b_x, g_2, input_precision=PRECISION) * to_2[:, None]
                 t = tl.dot(b_dy, S_2, input_precision=PRECISION) * from_2[:, None]
                 read_2 += tl.sum(b_C.to(tl.float32) * t, 1)
                 acc_C += t
-        if BOTH:
-            w = both_ways(f[None, :], b[None, :], s[:, None], e[:, None])
-        elif FORWARD:
-            w = rightward(i, j, f[None, :], s[:, None], SHIFT)
-        else:
-            w = leftward(i, j, b[None, :], e[:, None], SHIFT)
-        if HAS_SEQ:
-            w = tl.where(ids[None, :] == ids[:, None], w, 0.0)
-        dM += xdy * (w * delta[:, None])
         p_line = lines + ((i_row * SETS + SET) * LINES + 4 + i_n) * CHUNKS * K + i_c * K + i_half * Q + r
         p_cross = crossing + ((i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h) * 2 * BLOCKS_N + i_n
         if HALVES == 2 and BOTH:
@@ -236,6 +242,7 @@ def grad_bc_kernel(
             tl.store(p_line + BLOCKS_N * CHUNKS * K, backward_line)
             if not FORWARD:
                 tl.store(p_cross + BLOCKS_N, crossed * cross)
+    b_C = load_tile(C, i_b, o_C, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
     b_B = load_tile(B, i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
     if BOTH:
         dM = tl.where(i == j, 2.0 * dM, dM)

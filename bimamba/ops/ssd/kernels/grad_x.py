@@ -56,7 +56,7 @@ def grad_x_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS,
     LINES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -111,7 +111,7 @@ def grad_x_kernel(
             Cb_0 = load_tile(C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
         if HALVES == 2:
             Cf_0 = load_tile(C, i_b, o_far, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
-    for i_head in tl.range(0, HEADS, num_stages=STAGES):
+    for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         i_h = i_first + i_head
         i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
         i_row = i_b.to(tl.int64) * H + i_h
@@ -184,16 +184,41 @@ def grad_x_kernel(
                 m = tl.where(ids[None, :] == ids[:, None], m, 0.0)
             m_all = tl.where(i == j, 2.0 * m, m) if BIDIRECTIONAL else m
 
+        # x dy^T, and each pair's weight at its reader (sum over sources) and at its source (sum over readers). All of it
+        # before du, so that the registers of m and w are free again
         xdy = tl.zeros((Q, Q), tl.float32)
+        for k_p in tl.static_range(BLOCKS_P):
+            b_x = load_tile(x, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
+            b_dy = load_tile(dy, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
+            xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
+        w = xdy * m
+        if UNTIED:  # a delta a direction: their direct gradients are the unweighted sums, kept apart
+            direct = tl.sum(w, 1)
+        w *= delta[:, None]
+        w_below = tl.where(i > j, w, 0.0)
+        source = tl.sum(w_below, 1)
+        reader = tl.sum(w_below, 0)
+        if BIDIRECTIONAL:
+            if TWO_MATRICES:
+                w = xdy * m_back
+                if UNTIED:
+                    direct_back = tl.sum(w, 1)
+                w *= delta_back[:, None]
+            w_above = tl.where(i < j, w, 0.0)
+            source_back = tl.sum(w_above, 1)
+            reader_back = tl.sum(w_above, 0)
+        m_16 = m_all.to(dy.dtype if TMA else dy.dtype.element_ty)
+
         leave_1 = tl.zeros((Q,), tl.float32)
         leave_2 = tl.zeros((Q,), tl.float32)
-        direct = tl.zeros((Q,), tl.float32)
+        if not UNTIED:
+            direct = tl.zeros((Q,), tl.float32)
         dD_head = 0.0
         for k_p in tl.static_range(BLOCKS_P):
             o_p: tl.constexpr = k_p * BLOCK_P
-            b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
-            b_dy = load_tile(dy, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
-            xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
+            if BLOCKS_P > 1:
+                b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+                b_dy = load_tile(dy, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
             if HALVES == 2:
                 dy_far = load_tile(dy, i_b, o_far, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
                 dy_far = tl.trans((dy_far * w_far[:, None]).to(dy_far.dtype))
@@ -235,9 +260,9 @@ def grad_x_kernel(
                 leave_2 += tl.sum(x_f32 * du_2, 1)
             if UNTIED:
                 b_dx = du_1 * delta[:, None] + du_2 * delta_back[:, None]
-                b_dx = tl.dot(m_all.to(b_dy.dtype), b_dy, b_dx, input_precision=PRECISION)
+                b_dx = tl.dot(m_16, b_dy, b_dx, input_precision=PRECISION)
             else:
-                du = tl.dot(m_all.to(b_dy.dtype), b_dy, du_1 + du_2, input_precision=PRECISION)
+                du = tl.dot(m_16, b_dy, du_1 + du_2, input_precision=PRECISION)
                 direct += tl.sum(x_f32 * du, 1)
                 b_dx = du * delta[:, None]
             if HAS_D:
@@ -259,32 +284,17 @@ def grad_x_kernel(
             leave_right = leave_1
             leave_left = leave_2
 
-        # Pieces of d(a): each pair's weight at its reader (sum over sources) and at its source (sum over readers)
         p_line = lines + i_row * SETS * LINES * CHUNKS * K + i_c * K + i_half * Q + r
-        w = xdy * m
-        if UNTIED:  # a delta a direction: their direct gradients are the unweighted sums, kept apart
-            own = tl.sum(tl.where(i == j, w, 0.0), 1)
-            direct = leave_1 + own + tl.sum(tl.where(i > j, w, 0.0), 1)
-        w *= delta[:, None]
+        if UNTIED:
+            direct += leave_right
+            direct_back += leave_left
         leave_right *= delta
-        w_below = tl.where(i > j, w, 0.0)
-        source = tl.sum(w_below, 1)
-        reader = tl.sum(w_below, 0)
         lower = reader - source
         lower_self = (reader + leave_right) if SHIFT else leave_right
         if BIDIRECTIONAL:
-            if TWO_MATRICES:
-                w = xdy * m_back
-                if UNTIED:
-                    own = tl.sum(tl.where(i == j, w, 0.0), 1)
-                    direct_back = leave_2 + own + tl.sum(tl.where(i < j, w, 0.0), 1)
-                w *= delta_back[:, None]
             leave_left *= delta_back
-            w_above = tl.where(i < j, w, 0.0)
-            source = tl.sum(w_above, 1)
-            reader = tl.sum(w_above, 0)
-            upper = source - reader + leave_left
-            upper_self = (source + leave_left) if SHIFT else upper
+            upper = source_back - reader_back + leave_left
+            upper_self = (source_back + leave_left) if SHIFT else upper
         if UNTIED:
             p_back = p_line + LINES * CHUNKS * K
             tl.store(p_back, upper)
