@@ -73,7 +73,7 @@ def _schedule(
 ) -> LambdaLR:
     """Linear warm-up to the base rate, then `decay(progress)` from 1 to 0, mapped to [final_ratio, 1]."""
     if not 0 <= final_ratio <= 1:
-        raise ValueError(f"final_ratio: expected the last rate as a fraction of the first, in [0, 1], got {final_ratio}")
+        raise ValueError(f"final_ratio: expected last rate over base rate, in [0, 1], got {final_ratio}")
     if final_ratio < 1 and math.isinf(total_steps):
         raise ValueError(f"a decaying schedule needs the number of training steps; {_ENDLESS}")
     first = warmup_steps(warmup, total_steps)

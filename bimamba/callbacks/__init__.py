@@ -1,0 +1,17 @@
+"""Callbacks of a run; configs/callbacks chooses among them and Lightning's own."""
+
+from .examples import ExamplePredictions
+from .gradient_norm import GradientNorm
+from .interrupt import SaveOnInterrupt
+from .learning_curves import LearningCurves
+from .save_predictions import SavePredictions
+from .throughput import Throughput
+
+__all__ = [
+    "ExamplePredictions",
+    "GradientNorm",
+    "LearningCurves",
+    "SaveOnInterrupt",
+    "SavePredictions",
+    "Throughput",
+]

@@ -1,0 +1,160 @@
+"""Checkpoints of unknown origin: read without running code, checked, and put into a network with clear errors."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bimamba.spec import DataSpec
+
+# Where a configuration that came with a checkpoint may take its classes and functions from.
+TRUSTED = (
+    "bimamba.",
+    "torch.optim.",
+    "torchmetrics.",
+    "lightning.pytorch.callbacks.",
+    "lightning.pytorch.loggers.",
+    "lightning.pytorch.plugins.",
+    "lightning.pytorch.profilers.",
+    "lightning.pytorch.strategies.",
+    "lightning.pytorch.trainer.trainer.Trainer",
+)
+_ALIASES = {"lightning.pytorch.Trainer": "lightning.pytorch.trainer.trainer.Trainer"}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint of this project on the CPU, under `weights_only=True`: a file cannot run code.
+
+    Returns:
+        The checkpoint's dict; `state_dict`, `spec` and `recipe` are there.
+
+    Raises:
+        FileNotFoundError: no such file; names checkpoints nearby.
+        ValueError: not a checkpoint, a damaged one, one that asks to run code, or one of another program.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        hint = f"; there is {', '.join(map(str, near))}" if near else ""
+        what = "a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"ckpt_path: expected a checkpoint file, got {path} ({what}){hint}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"ckpt_path: {path} is no checkpoint that can be loaded safely: it is damaged or holds more than weights "
+            f"and plain values, which could run code ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, UnicodeDecodeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"ckpt_path: {path} is damaged or no checkpoint ({reason})") from error
+    keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
+    missing = [key for key in ("state_dict", "spec", "recipe") if key not in keys]
+    if missing:
+        raise ValueError(f"ckpt_path: {path} was not written by this project's train.py: it lacks {', '.join(missing)}")
+    return checkpoint
+
+
+def checkpoint_spec(checkpoint: Mapping[str, Any]) -> DataSpec:
+    """The `DataSpec` that a checkpoint was trained on."""
+    return DataSpec.from_dict(checkpoint["spec"])
+
+
+def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Copy a checkpoint's weights into a module.
+
+    Raises:
+        ValueError: the checkpoint is of another model; says what differs.
+    """
+    own, given = module.state_dict(), checkpoint["state_dict"]
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    shapes = [k for k in own.keys() & given.keys() if own[k].shape != given[k].shape]
+    if missing or unexpected or shapes:
+        parts = []
+        if shapes:
+            k = min(shapes)
+            there, here = tuple(given[k].shape), tuple(own[k].shape)
+            parts.append(f"{len(shapes)} shapes differ ({k}: {there} there, {here} here)")
+        parts += [f"{len(missing)} missing there ({missing[0]}, …)"] if missing else []
+        parts += [f"{len(unexpected)} unknown here ({unexpected[0]}, …)"] if unexpected else []
+        raise ValueError(f"the checkpoint is of another model than the configuration describes: {'; '.join(parts)}")
+    module.load_state_dict(given)
+
+
+def check_targets(config: Any, extra: Sequence[str] = (), where: str = "") -> None:
+    """Refuse a configuration whose `_target_`s lead out of the trusted modules.
+
+    A prefix alone proves nothing (`bimamba.checkpoint.pickle.loads` begins well): the object found must itself be
+    defined in a trusted module.
+
+    Args:
+        config: plain containers.
+        extra: further module names that the user trusts.
+        where: key of `config` in the whole, for messages.
+
+    Raises:
+        ValueError: a target that is not allowed, with its key.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            here = f"{where}.{key}" if where else str(key)
+            if key == "_target_":
+                _check_target(value, extra, here)
+            else:
+                check_targets(value, extra, here)
+    elif isinstance(config, list | tuple):
+        for i, value in enumerate(config):
+            check_targets(value, extra, f"{where}[{i}]")
+    elif isinstance(config, str) and has_resolver(config):
+        # A resolver could read the environment of whoever loads the checkpoint.
+        raise ValueError(f"{where}: the checkpoint's configuration holds a resolver, {config!r}, which is not trusted")
+
+
+def _check_target(target: Any, extra: Sequence[str], where: str) -> None:
+    def trusted(name: str) -> bool:
+        return name.startswith(TRUSTED) or any(name == m or name.startswith(f"{m}.") for m in extra)
+
+    refusal = (
+        f"{where}: the checkpoint's configuration wants to call {target!r}, which is outside the trusted modules. If "
+        "you wrote it, add its module to extras.trusted_modules=[...]"
+    )
+    if not isinstance(target, str) or not trusted(_ALIASES.get(target, target)):
+        raise ValueError(refusal)
+    found = _locate(target)
+    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    if not callable(found) or not trusted(home):
+        raise ValueError(refusal)
+
+
+def _locate(dotted: str) -> Any:
+    """The object at a dotted path, or None; imports modules of the path that are modules of a trusted package."""
+    parts = dotted.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part, None)
+        return found
+    return None
+
+
+def has_resolver(text: str) -> bool:
+    """Whether a string refers to more than other keys: `${a.b}` does not, `${oc.env:HOME}` and nested forms do."""
+    return "${" in re.sub(r"\$\{[\w.\[\]]+\}", "", text)
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """`; did you mean …?` for a mistyped dotted key, or nothing."""
+    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

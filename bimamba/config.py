@@ -1,0 +1,335 @@
+"""From command line and checkpoint to the configuration of a run; its printing and saving."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import InstantiationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bimamba.checkpoint import check_targets, did_you_mean, has_resolver
+
+STAGES = ("fit", "test", "predict")
+# What a checkpoint decides at evaluation. The rest (logger, callbacks, paths, extras) belongs to the evaluation, and so
+# does the trainer's placement: a checkpoint of eight GPUs is evaluated on a laptop.
+EVALUATED = ("data", "model", "task", "trainer", "task_name", "tags", "seed", "monitor", "monitor_mode")
+PLACEMENT = ("accelerator", "strategy", "devices", "num_nodes", "default_root_dir")
+# What a resumed training does not take from its checkpoint.
+OWN = ("paths", "extras", "stage", "ckpt_path")
+# Groups whose files are overrides of everything: they make a recipe, and a checkpoint has one already.
+RECIPES = ("experiment", "debug", "hparams_search")
+
+
+# ----------------------------------------------------------------------------------------------------- before anything
+
+
+def load_dotenv() -> None:
+    """Put the variables of `.env` into the environment, where python-dotenv is installed."""
+    try:
+        from dotenv import load_dotenv as load
+    except ModuleNotFoundError:
+        return  # optional: the shell's own environment serves as well
+    load(".env")
+
+
+def check_plugins(arguments: Sequence[str]) -> None:
+    """Say what to install before Hydra says that it does not know `optuna`.
+
+    Raises:
+        SystemExit: the search needs a package that is not installed.
+    """
+    wants = any(re.match(r"\+{0,2}(hparams_search|hydra/sweeper)=optuna", a) for a in arguments)
+    if wants and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        raise SystemExit("error: hparams_search=optuna needs a package: pip install hydra-optuna-sweeper")
+
+
+def check(cfg: DictConfig) -> None:
+    """What can be said of a configuration before anything is read.
+
+    Raises:
+        ValueError: an unknown stage, a missing checkpoint or file, a choice of model by the test set.
+    """
+    if cfg.stage not in STAGES:
+        raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {cfg.stage!r}")
+    if cfg.stage != "fit" and not cfg.ckpt_path:
+        raise ValueError(f"stage={cfg.stage} needs a checkpoint: ckpt_path=logs/…/checkpoints/best.ckpt")
+    if cfg.stage == "predict" and not OmegaConf.select(cfg, "data.predict"):
+        raise ValueError("stage=predict needs something to predict: data.predict=FILE (or a folder)")
+    for key in ("monitor", "optimized_metric"):
+        if str(cfg[key]).startswith("test/"):
+            raise ValueError(f"{key}={cfg[key]}: the test set must not choose the model; monitor a val/ metric")
+
+
+# ---------------------------------------------------------------------------------------------------------- plain forms
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The whole configuration as plain containers, every reference replaced by its value.
+
+    Raises:
+        omegaconf.MissingMandatoryValue: a value that the user has to give (`???`) is missing.
+    """
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def recipe(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain containers that still refer to each other (`${seed}`), for later overrides.
+
+    References through a resolver (`${oc.env:…}`) are replaced by their values: whoever loads the recipe from a
+    checkpoint must not have to trust resolvers.
+    """
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    return _without_resolvers(raw, OmegaConf.to_container(cfg, resolve=True))
+
+
+def _without_resolvers(raw: Any, values: Any) -> Any:
+    if isinstance(raw, dict):
+        return {k: _without_resolvers(v, values[k]) for k, v in raw.items()}
+    if isinstance(raw, list):
+        return [_without_resolvers(v, w) for v, w in zip(raw, values, strict=True)]
+    return values if isinstance(raw, str) and has_resolver(raw) else raw
+
+
+# -------------------------------------------------------------------------------------- a checkpoint's configuration
+
+
+def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a checkpoint plus what this command line adds.
+
+    A group override (`trainer=cpu`) replaces that sub-tree, a dotted one (`data.batch_size=8`) that value. A training
+    is resumed with everything it had; an evaluation takes data, model, task and trainer (less its placement).
+
+    Args:
+        cfg: as Hydra composed it from `overrides`.
+        checkpoint: as read by `read_checkpoint`.
+        overrides: of the command line.
+
+    Raises:
+        ValueError: an unknown key, an override that a checkpoint does not allow, or an untrusted target.
+    """
+    given = checkpoint["recipe"]
+    typed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    groups = [o for o in typed if _is_group(o)]
+    _refuse_other_recipes(groups, checkpoint.get("choices", {}))
+    keys = [k for k in given if k not in OWN] if cfg.stage == "fit" else [k for k in EVALUATED if k in given]
+    check_targets({k: given[k] for k in keys}, extra=cfg.extras.trusted_modules)
+
+    # What a group override brings must be the group's own values, not those of the default experiment.
+    others = [o.input_line for o in typed if o.key_or_group not in RECIPES and not o.key_or_group.startswith("hydra")]
+    fresh = hydra.compose("train", ["experiment=null", *others])
+    merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    for key in keys:
+        merged[key] = given[key]
+    if cfg.stage != "fit":
+        for key in PLACEMENT:
+            if key in fresh.trainer:
+                merged.trainer[key] = _raw(fresh, f"trainer.{key}")
+    for override in groups:
+        if override.key_or_group not in RECIPES and not override.key_or_group.startswith("hydra/"):
+            package = override.key_or_group.replace("/", ".")
+            OmegaConf.update(merged, package, _raw(fresh, package), merge=False)
+    for override in typed:
+        if override not in groups and not override.key_or_group.startswith("hydra."):
+            _apply(merged, override)
+    OmegaConf.set_struct(merged, True)
+    return merged
+
+
+def _is_group(override: Override) -> bool:
+    loader = GlobalHydra.instance().config_loader()
+    return bool(loader.get_group_options(override.key_or_group)) and isinstance(override.value(), str | list | None)
+
+
+def _raw(cfg: DictConfig, key: str) -> Any:
+    """A value, or a sub-tree as plain containers, with its references unresolved."""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    raw = OmegaConf.to_container(node, resolve=False)
+    return raw[leaf]  # type: ignore[index, call-overload]
+
+
+def _refuse_other_recipes(groups: Sequence[Override], choices: Mapping[str, Any]) -> None:
+    for override in groups:
+        name, value = override.key_or_group, override.value()
+        if name in RECIPES and value is not None and choices.get(name) != value:
+            raise ValueError(
+                f"{name}={value}: a checkpoint brings its own configuration (made with {name}={choices.get(name)}); "
+                "leave it out and override single keys instead"
+            )
+
+
+def _apply(cfg: DictConfig, override: Override) -> None:
+    key = override.key_or_group
+    if override.is_delete():
+        raise ValueError(f"~{key}: keys of a checkpoint's configuration cannot be deleted; set them to null")
+    plain_add = override.is_add() and not override.is_force_add()
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if not plain_add and not (isinstance(node, DictConfig) and leaf in node):
+        known = flat_keys(cfg)
+        raise ValueError(f"{key}: no such key in the checkpoint's configuration{did_you_mean(key, known)}")
+    OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
+
+
+def flat_keys(cfg: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all keys."""
+    if isinstance(cfg, DictConfig):
+        cfg = OmegaConf.to_container(cfg, resolve=False)
+    if not isinstance(cfg, dict):
+        return []
+    keys = []
+    for key, value in cfg.items():
+        keys += [f"{prefix}{key}", *flat_keys(value, f"{prefix}{key}.")]
+    return keys
+
+
+def soften(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with `++` before dotted overrides where a checkpoint is given.
+
+    Hydra composes the defaults first and would refuse `data.max_length=…` for a checkpoint of sequences because the
+    default data are images. `with_checkpoint` applies the same overrides again, and strictly.
+    """
+    if not any(re.match(r"\+{0,2}ckpt_path=(?!null$).", a) for a in arguments):
+        return list(arguments)
+    return [f"++{a}" if re.match(r"(?!hydra\.)\w+\.[\w.]+=", a) else a for a in arguments]
+
+
+# ----------------------------------------------------------------------------------------------------- the run's folder
+
+
+def run_folder(ckpt_path: str | Path) -> Path | None:
+    """Folder of the run that wrote a checkpoint (`<run>/checkpoints/x.ckpt`), or None for a checkpoint on its own."""
+    folder = Path(ckpt_path).absolute().parent
+    if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file():
+        return folder.parent
+    return None
+
+
+def _output_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str, stamp: str) -> str:
+    """Where a run writes: a resumed training into its own folder, an evaluation into a folder beneath it."""
+    run = run_folder(ckpt_path) if ckpt_path else None
+    if run and stage == "fit":
+        return str(run)
+    if run and os.access(run, os.W_OK):
+        return str(run / stage / stamp)
+    return str(Path(log_dir) / (task_name if stage == "fit" else stage) / "runs" / stamp)
+
+
+def _hydra_dir(stage: str, ckpt_path: str | None) -> str:
+    """A resumed training must not overwrite what Hydra wrote when it began."""
+    if stage == "fit" and ckpt_path and run_folder(ckpt_path):
+        return f".hydra/resumed_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return ".hydra"
+
+
+def register_resolvers() -> None:
+    """`${run_dir:…}` and `${hydra_dir:…}`, used by configs/hydra. Neither evaluates code."""
+    OmegaConf.register_new_resolver("run_dir", _output_dir, replace=True)
+    OmegaConf.register_new_resolver("hydra_dir", _hydra_dir, replace=True, use_cache=True)
+
+
+# ---------------------------------------------------------------------------------------------------- printing, errors
+
+
+@rank_zero_only
+def show(config: Mapping[str, Any]) -> None:
+    """Print the configuration as a tree."""
+    from rich import print as rich_print
+    from rich.syntax import Syntax
+    from rich.tree import Tree
+
+    tree = Tree("configuration", guide_style="dim")
+    for key, value in config.items():
+        if isinstance(value, dict | list) and value:
+            text = OmegaConf.to_yaml(OmegaConf.create(value)).rstrip()
+            tree.add(f"[bold]{key}").add(Syntax(text, "yaml", background_color="default"))
+        else:
+            tree.add(f"[bold]{key}[/]: {value}")
+    rich_print(tree)
+
+
+@rank_zero_only
+def save(config: Mapping[str, Any], path: Path) -> None:
+    """Write the resolved configuration as YAML; an earlier one of the same run is kept beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path = path.with_name(f"{path.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}{path.suffix}")
+    OmegaConf.save(OmegaConf.create(dict(config)), path)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """What a user did wrong ends in one message, not in a stack trace; `HYDRA_FULL_ERROR=1` shows the trace."""
+    try:
+        yield
+    except (ValueError, OSError, OmegaConfBaseException, InstantiationException, MisconfigurationException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        cause: BaseException = error
+        key = getattr(error, "full_key", None)
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            match = re.search(r"full_key: (\S+)", str(cause))
+            key, cause = match.group(1) if match else key, cause.__cause__
+        if isinstance(error, InstantiationException) and not isinstance(
+            cause, ValueError | OSError | InstantiationException | ModuleNotFoundError | MisconfigurationException
+        ):
+            raise  # not the user's doing: the whole trace
+        where = f" (in {key})" if key and str(key) not in str(cause) else ""
+        message = f"error: {cause}{where}\nHYDRA_FULL_ERROR=1 shows where it was raised."
+        raise SystemExit(message) from None
+
+
+def parts(node: Any) -> list[Any]:
+    """The values of a group of named parts (callbacks, loggers), without those set to null."""
+    if not node:
+        return []
+    values = node.values() if isinstance(node, DictConfig | dict) else list(node)
+    return [v for v in values if isinstance(v, DictConfig | ListConfig | dict)]
+
+
+def optimized(metrics: Mapping[str, float], name: str | None) -> float | None:
+    """The value a sweeper asked for.
+
+    Raises:
+        ValueError: no such metric; names those there are.
+    """
+    if name is None:
+        return None
+    if name not in metrics:
+        raise ValueError(f"optimized_metric: no {name!r} was logged; there are {', '.join(sorted(metrics))}")
+    return metrics[name]
+
+
+@rank_zero_only
+def show_results(metrics: Mapping[str, float], output_dir: Path, stage: str) -> None:
+    """Print the figures of the last stage, and where everything is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    prefix = next((p for p in ("predict/", "test/", "val/") if any(k.startswith(p) for k in metrics)), "")
+    table = Table(title=f"{prefix.rstrip('/')} metrics" if prefix else None)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for key in sorted(k for k in metrics if prefix and k.startswith(prefix)):
+        table.add_row(key.removeprefix(prefix), f"{metrics[key]:.4f}")
+    console = Console()
+    if prefix:
+        console.print(table)
+    best = output_dir / "checkpoints" / "best.ckpt"
+    console.print(f"Results in {output_dir}", highlight=False, soft_wrap=True)
+    if stage == "fit" and best.exists():
+        console.print(f"Evaluate with: python train.py stage=test ckpt_path={best}", highlight=False, soft_wrap=True)

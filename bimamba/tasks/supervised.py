@@ -1,0 +1,198 @@
+"""The one LightningModule: a network, its loss, its metrics and its optimizer; one shared step for every stage."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+import bimamba
+from bimamba.optim import parameter_groups, undecayed_names
+from bimamba.spec import DataSpec
+from bimamba.tasks.losses import SampleLoss, probabilities
+from bimamba.tasks.metrics import make_confusion_matrix, make_metrics, make_train_metric
+
+Batch = dict[str, Any]
+
+
+class SupervisedTask(LightningModule):
+    """Classification (multiclass, binary, multilabel) or regression, as the spec says.
+
+    Logs `train/loss` (epoch mean), `train/loss_step`, `train/accuracy`, and under `val/…`, `test/…` the loss and every
+    metric of `metrics.make_metrics`, computed over the whole epoch and all processes, never averaged over batches.
+
+    Args:
+        net: `net(inputs, mask) -> logits (b, spec.num_outputs)`.
+        spec: what the data are; saved in every checkpoint.
+        optimizer: partial of an optimizer class; gets parameter groups with and without decay (see `bimamba.optim`).
+        scheduler: partial of a schedule, `scheduler(optimizer, total_steps=…)` or, without such an argument,
+            `scheduler(optimizer)`; stepped once per optimizer step. None: the rate never changes.
+        label_smoothing, class_weights, pos_weight: see `losses.SampleLoss`. `"balanced"` reads the training split.
+        calibration_bins, thresholds: see `metrics.make_metrics`.
+        compile: compile the network with `torch.compile` for training and evaluation.
+        checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
+
+    Raises:
+        ValueError: an option that the problem does not have.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        spec: DataSpec,
+        optimizer: Callable[..., Optimizer],
+        scheduler: Callable[..., Any] | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | str | None = None,
+        pos_weight: Sequence[float] | float | str | None = None,
+        calibration_bins: int = 15,
+        thresholds: int | None = None,
+        compile: bool = False,
+        checkpoint_extras: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.spec = spec
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.loss = SampleLoss(spec, label_smoothing, class_weights, pos_weight)
+        self.checkpoint_extras = checkpoint_extras or {}
+        self.undecayed = undecayed_names(self)
+
+        self.train_loss = MeanMetric()
+        self.train_accuracy = make_train_metric(spec)
+        evaluated = ("val", "test", "predict")
+        metrics = {s: make_metrics(spec, f"{s}/", calibration_bins, thresholds) for s in evaluated}
+        self.epoch_metrics = nn.ModuleDict(metrics)
+        self.epoch_losses = nn.ModuleDict({s: MeanMetric() for s in evaluated})
+        confusion = make_confusion_matrix(spec)
+        self.epoch_confusion = nn.ModuleDict({s: confusion.clone() for s in evaluated} if confusion else {})
+        self.confusion: dict[str, Tensor] = {}  # the finished matrices, for plots
+        self.predict_metrics: dict[str, float] = {}  # Lightning logs nothing while predicting
+        if compile:
+            self.net.compile()
+
+    # ---------------------------------------------------------------------------------------------- the shared step
+
+    def forward(self, batch: Batch) -> Tensor:
+        """A batch of the data room to logits `(b, num_outputs)`."""
+        return self.net(batch["inputs"], batch.get("mask"))
+
+    def shared_step(self, batch: Batch, stage: str) -> dict[str, Any]:
+        """Logits, loss and probabilities of a batch, and the update of the stage's metrics.
+
+        Returns:
+            `probabilities`, float32 as of `losses.probabilities`; `id`; and, for labelled rows, `label` and
+            `sample_loss (b)`; in training also `loss`.
+        """
+        logits = self(batch)
+        label = batch.get("label")
+        out: dict[str, Any] = {"id": batch.get("id")}
+        if stage != "train":
+            out["probabilities"] = probabilities(self.spec, logits.detach())
+        if label is None:
+            return out
+        sample_loss = self.loss(logits, label)
+        out |= {"label": label, "sample_loss": sample_loss.detach()}
+        if stage == "train":
+            out["loss"] = sample_loss.mean()
+            self.train_loss.update(out["sample_loss"])
+            if self.train_accuracy is not None:
+                self.train_accuracy.update(*self._metric_inputs(probabilities(self.spec, logits.detach()), label))
+            return out
+        inputs = self._metric_inputs(out["probabilities"], label)
+        self.epoch_losses[stage].update(out["sample_loss"])
+        self.epoch_metrics[stage].update(*inputs)
+        if stage in self.epoch_confusion:
+            self.epoch_confusion[stage].update(*inputs)
+        return out
+
+    def _metric_inputs(self, probability: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        if self.spec.problem == "regression":
+            label = label.float()
+            return (probability[:, 0], label[:, 0]) if probability.shape[1] == 1 else (probability, label)
+        return probability, label.long()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        out = self.shared_step(batch, "train")
+        size = len(out["sample_loss"])
+        self.log("train/loss_step", out["loss"], on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, batch_size=size)
+        if self.train_accuracy is not None:
+            self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=size)
+        return out["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        return self.shared_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        return self.shared_step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        return self.shared_step(batch, "predict")
+
+    # --------------------------------------------------------------------------------------------- ends of epochs
+
+    def on_validation_epoch_end(self) -> None:
+        values = self._finish("val")  # every process holds the same values: syncing them again changes nothing
+        shown = {k: values.pop(k) for k in ("val/loss", "val/accuracy", "val/r2") if k in values}
+        self.log_dict(shown, sync_dist=True, prog_bar=True)
+        self.log_dict(values, sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self._finish("test"), sync_dist=True)
+
+    def on_predict_epoch_end(self) -> None:
+        labelled = self.epoch_losses["predict"].update_called
+        self.predict_metrics = {k: float(v) for k, v in self._finish("predict").items()} if labelled else {}
+
+    def _finish(self, stage: str) -> dict[str, Tensor]:
+        """The stage's metrics over the epoch and all processes; resets them."""
+        with warnings.catch_warnings():
+            if self.trainer.sanity_checking:  # a few batches rarely hold every class
+                warnings.simplefilter("ignore")
+            values = {f"{stage}/loss": self.epoch_losses[stage].compute()}
+            values |= {k: v.float().mean() for k, v in self.epoch_metrics[stage].compute().items()}
+        self.epoch_losses[stage].reset()
+        self.epoch_metrics[stage].reset()
+        if stage in self.epoch_confusion:
+            self.confusion[stage] = self.epoch_confusion[stage].compute().cpu()
+            self.epoch_confusion[stage].reset()
+        return values
+
+    # ---------------------------------------------------------------------------------------- optimizer, checkpoint
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.loss.balanced:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            if not hasattr(data, "class_counts"):
+                raise ValueError("'balanced' weights need a data module with `class_counts`; give numbers instead")
+            self.loss.balance(data.class_counts.tolist(), data.sizes["train"])
+
+    def configure_optimizers(self) -> Any:
+        decay = self.optimizer.keywords.get("weight_decay", 0.0) if isinstance(self.optimizer, partial) else 0.0
+        optimizer = self.optimizer(parameter_groups(self, decay, self.undecayed))
+        if self.scheduler is None:
+            return optimizer
+        if "total_steps" in inspect.signature(self.scheduler).parameters:
+            steps = self.trainer.estimated_stepping_batches
+            # Lightning says -1 for a stream of unknown length without max_steps.
+            scheduler = self.scheduler(optimizer, total_steps=steps if steps > 0 else float("inf"))
+        else:
+            scheduler = self.scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["spec"] = self.spec.to_dict()
+        checkpoint["bimamba_version"] = bimamba.__version__
+        checkpoint.update(self.checkpoint_extras)

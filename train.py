@@ -1,0 +1,142 @@
+"""Train, test or predict: `python train.py [experiment=…] [group=…] [key=value …]`. See configs/ and the README."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig
+
+from bimamba import config
+from bimamba.checkpoint import checkpoint_spec, load_weights, read_checkpoint
+from bimamba.loggers import finish_wandb
+
+config.register_resolvers()
+config.load_dotenv()
+
+
+def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """One run: fit (and test), test, or predict.
+
+    Args:
+        cfg: as composed from configs/.
+        overrides: of the command line; added to a checkpoint's own configuration.
+        choices: which file was chosen of each group; saved in checkpoints.
+
+    Returns:
+        The last metrics, `train/…`, `val/…`, `test/…` or `predict/…`; the monitored one at its best.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user gave cannot work; says what was expected.
+    """
+    config.check(cfg)
+    checkpoint = read_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else None
+    if checkpoint:
+        cfg = config.with_checkpoint(cfg, checkpoint, overrides)
+    plain, output_dir = config.resolved(cfg), Path(cfg.paths.output_dir)
+    if cfg.extras.print_config:
+        config.show(plain)
+    config.save(plain, output_dir / "config.yaml")
+    torch.set_float32_matmul_precision(cfg.extras.float32_matmul_precision)
+    if cfg.seed is not None:  # 0 is a seed
+        seed_everything(cfg.seed, workers=True)
+
+    datamodule: LightningDataModule = instantiate(cfg.data)
+    if checkpoint:
+        datamodule.expect(checkpoint_spec(checkpoint))
+    if cfg.stage != "predict":
+        datamodule.prepare_data()
+    datamodule.setup(cfg.stage)
+    if cfg.stage != "predict":
+        datamodule.preflight()
+    spec = datamodule.spec
+    write_json(output_dir / "spec.json", spec.to_dict())
+
+    net = instantiate(cfg.model)(spec=spec)
+    saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
+    task = instantiate(cfg.task)(net=net, spec=spec, checkpoint_extras=saved)
+    if checkpoint:
+        load_weights(task, checkpoint)
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=make_callbacks(cfg), logger=make_loggers(cfg))
+    for logger in trainer.loggers:
+        logger.log_hyperparams(plain)
+
+    metrics: dict[str, float] = {}
+    if cfg.stage == "fit":
+        trainer.fit(task, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+        metrics |= numbers(trainer.callback_metrics) | best_score(trainer)
+        if cfg.test and datamodule.sizes["test"]:
+            best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+            trainer.test(task, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
+            metrics |= numbers(trainer.callback_metrics)
+    elif cfg.stage == "test":
+        trainer.test(task, datamodule=datamodule, verbose=False)
+        metrics |= numbers(trainer.callback_metrics)
+    else:
+        trainer.predict(task, datamodule=datamodule, return_predictions=False)
+        metrics |= task.predict_metrics
+    write_json(output_dir / "metrics.json", metrics)
+    config.show_results(metrics, output_dir, cfg.stage)
+    return metrics
+
+
+def make_callbacks(cfg: DictConfig) -> list[Callback]:
+    """The callbacks, without those that the trainer's switches turn off."""
+    off = {
+        ModelCheckpoint: not cfg.trainer.enable_checkpointing,
+        ProgressBar: not cfg.trainer.enable_progress_bar,
+        ModelSummary: not cfg.trainer.enable_model_summary,
+    }
+    callbacks = [instantiate(c) for c in config.parts(cfg.callbacks)]
+    return [c for c in callbacks if not any(isinstance(c, kind) and switch for kind, switch in off.items())]
+
+
+def make_loggers(cfg: DictConfig) -> list[Any] | bool:
+    """The loggers; False for none, as Lightning wants it."""
+    return [instantiate(c) for c in config.parts(cfg.logger)] or False
+
+
+def best_score(trainer: Trainer) -> dict[str, float]:
+    """The monitored metric at its best epoch, which is the one of the checkpoint that is tested."""
+    callback = trainer.checkpoint_callback
+    score = getattr(callback, "best_model_score", None)
+    return {callback.monitor: float(score)} if score is not None and callback.monitor else {}
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Logged values as plain floats."""
+    return {key: float(value) for key, value in metrics.items()}
+
+
+@rank_zero_only
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A readable JSON file."""
+    path.write_text(json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Hydra's entry; returns `optimized_metric` to a sweeper."""
+    job = HydraConfig.get()
+    try:
+        with config.clear_errors():
+            metrics = train(cfg, job.overrides.task, job.runtime.choices)
+            return config.optimized(metrics, cfg.optimized_metric)
+    finally:
+        finish_wandb()
+
+
+if __name__ == "__main__":
+    config.check_plugins(sys.argv[1:])
+    sys.argv[1:] = config.soften(sys.argv[1:])
+    main()
