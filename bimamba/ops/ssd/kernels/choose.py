@@ -94,7 +94,9 @@ class Config:
     passing_block: int = 256
     passing_warps: int = 1
     passing_stages: int = 16
+    output_heads: int = 1
     output_warps: int = 4
+    output_stages: int = 2
     grad_x_heads: int = 1
     grad_x_warps: int = 4
     grad_x_stages: int = 2
@@ -132,7 +134,7 @@ def _rule(problem: Problem, saved: bool, backward: bool) -> Config:
     device = _device(problem.device)
     wide = problem.dtype == torch.float32
     halves = 1 if wide or problem.untied or problem.shift or problem.l <= 64 else 2
-    rows = min(64, max(16, _power_of_two(problem.l)))
+    rows = min(32 if wide else 64, max(16, _power_of_two(problem.l)))
     block_p = min(problem.p2, 32 if wide else 64)
     block_n = min(problem.n2, 32 if wide else 128)
     heads = problem.h // problem.g
@@ -148,9 +150,13 @@ def _rule(problem: Problem, saved: bool, backward: bool) -> Config:
         tma=tma,
         walk=walk,
         states_block_n=block_n,
+        output_heads=_divisor(heads, 6),
         grad_x_heads=_divisor(heads, 6),
         grad_bc_heads=_divisor(heads, max(1, heads * parts // (2 * device.processors))),
         grad_bc_warps=8 if block_n > 64 else 4,
+        output_stages=1 if wide else 2,
+        grad_x_stages=1 if wide else 2,
+        grad_bc_stages=1 if wide else 2,
     )
 
 

@@ -35,7 +35,7 @@ from .descriptors import state_tiles, tiles
 from .reduce import reduce_parts
 
 
-@triton.jit(do_not_specialize=["L", "CHUNKS", "NB"])
+@triton.jit(do_not_specialize=["L", "CHUNKS", "NB", "HEADS"])
 def grad_bc_kernel(
     x,
     dy,
@@ -166,10 +166,15 @@ def grad_bc_kernel(
 
         b_C = load_tile(C, i_b, o_C, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
         xdy = tl.zeros((Q, Q), tl.float32)
-        for k_p in tl.static_range(BLOCKS_P):
-            b_x = load_tile(x, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
-            b_dy = load_tile(dy, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
-            xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
+        if BLOCKS_P == 1:
+            x_0 = load_tile(x, i_b, o_l, i_h, L, H, 0, P, Q, BLOCK_P, TMA)
+            dy_0 = load_tile(dy, i_b, o_l, i_h, L, H, 0, P, Q, BLOCK_P, TMA)
+            xdy = tl.dot(x_0, tl.trans(dy_0), xdy, input_precision=PRECISION)
+        else:
+            for k_p in range(BLOCKS_P):
+                b_x = load_tile(x, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
+                b_dy = load_tile(dy, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
+                xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
         if BOTH:
             w = both_ways(f[None, :], b[None, :], s[:, None], e[:, None])
         elif FORWARD:
@@ -183,9 +188,12 @@ def grad_bc_kernel(
         read_1 = tl.zeros((Q,), tl.float32)
         read_2 = tl.zeros((Q,), tl.float32)
         crossed = 0.0
-        for k_p in tl.static_range(BLOCKS_P):
-            o_p: tl.constexpr = k_p * BLOCK_P
-            if BLOCKS_P > 1:
+        for k_p in range(BLOCKS_P):
+            o_p = k_p * BLOCK_P
+            if BLOCKS_P == 1:
+                b_x = x_0
+                b_dy = dy_0
+            else:
                 b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
                 b_dy = load_tile(dy, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
             if HALVES == 2:

@@ -33,7 +33,7 @@ from .common import (
 from .descriptors import state_tiles, tiles
 
 
-@triton.jit(do_not_specialize=["L", "CHUNKS"])
+@triton.jit(do_not_specialize=["L", "CHUNKS", "HEADS"])
 def grad_x_kernel(
     x,
     dy,
@@ -150,7 +150,7 @@ def grad_x_kernel(
         # C B^T, transposed and weighted: m (sources, readers). `m_back` is the part above the diagonal where B, C differ
         cb = tl.zeros((Q, Q), tl.float32)
         cb_back = tl.zeros((Q, Q), tl.float32)
-        for k in tl.static_range(BLOCKS_N):
+        for k in range(BLOCKS_N):
             if HOIST:
                 b_B = B_0
                 b_C = C_0
@@ -187,10 +187,15 @@ def grad_x_kernel(
         # x dy^T, and each pair's weight at its reader (sum over sources) and at its source (sum over readers). All of it
         # before du, so that the registers of m and w are free again
         xdy = tl.zeros((Q, Q), tl.float32)
-        for k_p in tl.static_range(BLOCKS_P):
-            b_x = load_tile(x, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
-            b_dy = load_tile(dy, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
-            xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
+        if BLOCKS_P == 1:
+            x_0 = load_tile(x, i_b, o_l, i_h, L, H, 0, P, Q, BLOCK_P, TMA)
+            dy_0 = load_tile(dy, i_b, o_l, i_h, L, H, 0, P, Q, BLOCK_P, TMA)
+            xdy = tl.dot(x_0, tl.trans(dy_0), xdy, input_precision=PRECISION)
+        else:
+            for k_p in range(BLOCKS_P):
+                b_x = load_tile(x, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
+                b_dy = load_tile(dy, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
+                xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
         w = xdy * m
         if UNTIED:  # a delta a direction: their direct gradients are the unweighted sums, kept apart
             direct = tl.sum(w, 1)
@@ -214,9 +219,12 @@ def grad_x_kernel(
         if not UNTIED:
             direct = tl.zeros((Q,), tl.float32)
         dD_head = 0.0
-        for k_p in tl.static_range(BLOCKS_P):
-            o_p: tl.constexpr = k_p * BLOCK_P
-            if BLOCKS_P > 1:
+        for k_p in range(BLOCKS_P):
+            o_p = k_p * BLOCK_P
+            if BLOCKS_P == 1:
+                b_x = x_0
+                b_dy = dy_0
+            else:
                 b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
                 b_dy = load_tile(dy, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
             if HALVES == 2:
@@ -224,8 +232,8 @@ def grad_x_kernel(
                 dy_far = tl.trans((dy_far * w_far[:, None]).to(dy_far.dtype))
             du_1 = tl.zeros((Q, BLOCK_P), tl.float32)
             du_2 = tl.zeros((Q, BLOCK_P), tl.float32)
-            for k in tl.static_range(BLOCKS_N):
-                o_n: tl.constexpr = k * BLOCK_N
+            for k in range(BLOCKS_N):
+                o_n = k * BLOCK_N
                 if HOIST:
                     b_B = B_0
                     b_Bb = Bb_0 if TWO_MATRICES else B_0

@@ -2,7 +2,8 @@
 
     y_i = exp(f_i) C_i S_left + exp(total - b_i) C_i S_right + sum_j (decay o C B^T)_ij delta_j x_j + D x_i,  then * SiLU(z_i)
 
-One program owns (batch row, head, rows of a chunk[, block of p]). With `HALVES == 2` its rows are half of a chunk; one
+One program owns (batch row, some heads of a group, rows of a chunk[, block of p]); while it works on one head the next
+one's tiles arrive. With `HALVES == 2` its rows are half of a chunk; one
 of the two entering states must then first be moved over the other half, which is one small product and saves half of
 the bytes of the states (H100, b8 l2048 h24 p64 n64 bf16, sketch: 0.127 ms against 0.155 for a whole forward pass).
 """
@@ -29,7 +30,7 @@ from .common import (
 from .descriptors import state_tiles, tiles
 
 
-@triton.jit(do_not_specialize=["L", "CHUNKS"])
+@triton.jit(do_not_specialize=["L", "CHUNKS", "HEADS"])
 def output_kernel(
     x,
     B,
@@ -49,6 +50,7 @@ def output_kernel(
     G: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
+    HEADS,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -63,6 +65,7 @@ def output_kernel(
     D_CHANNELS: tl.constexpr,
     GATED: tl.constexpr,
     KEEP_UNGATED: tl.constexpr,
+    STAGES: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -72,121 +75,157 @@ def output_kernel(
     SETS: tl.constexpr = 2 if UNTIED else 1
     TWO_MATRICES: tl.constexpr = BIDIRECTIONAL and (UNTIED or SHIFT)
     K: tl.constexpr = Q * HALVES
+    HOIST: tl.constexpr = BLOCKS_N == 1  # B and C stay for all heads
     pid = tl.program_id(0)
     i_half = pid % HALVES
     pid //= HALVES
     o_p = (pid % BLOCKS_P) * BLOCK_P
     pid //= BLOCKS_P
-    i_h = pid % H
-    pid //= H
+    i_first = (pid % (H // HEADS)) * HEADS
+    pid //= H // HEADS
     i_c = pid % CHUNKS
     i_b = pid // CHUNKS
     o_l = i_c * K + i_half * Q
+    o_far = i_c * K + (1 - i_half) * Q
     if o_l >= L:
         return
-    i_g = i_h // (H // G)
-    i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
-    p_row = rows + (i_b.to(tl.int64) * H + i_h) * SETS * 2 * CHUNKS * K + i_c * K
+    i_g = i_first // (H // G)
     r = tl.arange(0, Q)
-
-    s, e, total = sums(p_row, i_half * Q, Q, HALVES == 1)
-    delta = tl.load(p_row + CHUNKS * K + i_half * Q + r)
-    f, b = reading(s, e, SHIFT)
-    e_back = e
-    total_back = total
-    delta_back = delta
-    if UNTIED:
-        s_back, e_back, total_back = sums(p_row + 2 * CHUNKS * K, i_half * Q, Q, HALVES == 1)
-        delta_back = tl.load(p_row + 3 * CHUNKS * K + i_half * Q + r)
-        _, b = reading(s_back, e_back, SHIFT)
-    w_left = tl.exp2(f)
-    w_right = tl.exp2(total_back - b)
+    i = r[:, None]
+    j = r[None, :]
     if HAS_SEQ:
         p_seq = seq + i_b.to(tl.int64) * L
         ids = sequence_ids(p_seq, o_l, L, Q)
-        w_left = tl.where(ids == sequence_id(p_seq, o_l, L), w_left, 0.0)
-        w_right = tl.where(ids == sequence_id(p_seq, o_l + Q - 1, L), w_right, 0.0)
-
-    b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
-    if HALVES == 2:
-        # The first half moves the right state leftward over the second, the second the left one rightward over the first
-        o_far = i_c * K + (1 - i_half) * Q
-        s_far, e_far, total_far = sums(p_row, (1 - i_half) * Q, Q, False)
-        w_far = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far))
-        w_far *= tl.load(p_row + CHUNKS * K + (1 - i_half) * Q + r)
-        cross = tl.exp2(total_far)
-        if HAS_SEQ:
-            id_near = sequence_id(p_seq, o_l + (1 - i_half) * (Q - 1), L)
-            id_edge = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L)
-            w_far = tl.where(sequence_ids(p_seq, o_far, L, Q) == id_near, w_far, 0.0)
-            cross = tl.where(id_edge == id_near, cross, 0.0)
-        if not BIDIRECTIONAL:
-            w_far = tl.where(i_half == 0, 0.0, w_far)
-            cross = tl.where(i_half == 0, 1.0, cross)
-        x_far = load_tile(x, i_b, o_far, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
-        x_far = tl.trans((x_far * w_far[:, None]).to(x_far.dtype))
-
-    pairs = tl.zeros((Q, Q), tl.float32)
-    pairs_back = tl.zeros((Q, Q), tl.float32)
-    read_1 = tl.zeros((Q, BLOCK_P), tl.float32)
-    read_2 = tl.zeros((Q, BLOCK_P), tl.float32)
-    for k in tl.static_range(BLOCKS_N):
-        o_n: tl.constexpr = k * BLOCK_N
-        b_B = load_tile(B, i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
-        b_C = load_tile(C, i_b, (o_l - 1) if SHIFT else o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
-        pairs = tl.dot(b_C, tl.trans(b_B), pairs, input_precision=PRECISION)
-        b_Cb = b_C
-        if TWO_MATRICES:
-            b_Bb = load_tile(B_back, i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
-            b_Cb = load_tile(C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
-            pairs_back = tl.dot(b_Cb, tl.trans(b_Bb), pairs_back, input_precision=PRECISION)
+        m_left = ids == sequence_id(p_seq, o_l, L)
+        m_right = ids == sequence_id(p_seq, o_l + Q - 1, L)
         if HALVES == 2:
-            moving = i_state + ((1 - i_half) if BIDIRECTIONAL else 0)
-            S_1 = load_state(states, moving, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
-            B_far = load_tile(B, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
-            S_1 = tl.dot(x_far, B_far, S_1.to(tl.float32) * cross, input_precision=PRECISION).to(b_C.dtype)
+            id_near = sequence_id(p_seq, o_l + (1 - i_half) * (Q - 1), L)
+            m_far = sequence_ids(p_seq, o_far, L, Q) == id_near
+            m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == id_near
+    if HOIST:
+        B_0 = load_tile(B, i_b, o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+        C_0 = load_tile(C, i_b, (o_l - 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+        if TWO_MATRICES:
+            Bb_0 = load_tile(B_back, i_b, o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+            Cb_0 = load_tile(C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+        if HALVES == 2:
+            Bf_0 = load_tile(B, i_b, o_far, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+    for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
+        i_h = i_first + i_head
+        i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
+        p_row = rows + (i_b.to(tl.int64) * H + i_h) * SETS * 2 * CHUNKS * K + i_c * K
+        s, e, total = sums(p_row, i_half * Q, Q, HALVES == 1)
+        delta = tl.load(p_row + CHUNKS * K + i_half * Q + r)
+        f, b = reading(s, e, SHIFT)
+        e_back = e
+        total_back = total
+        delta_back = delta
+        if UNTIED:
+            s_back, e_back, total_back = sums(p_row + 2 * CHUNKS * K, i_half * Q, Q, HALVES == 1)
+            delta_back = tl.load(p_row + 3 * CHUNKS * K + i_half * Q + r)
+            _, b = reading(s_back, e_back, SHIFT)
+        w_left = tl.exp2(f)
+        w_right = tl.exp2(total_back - b)
+        if HAS_SEQ:
+            w_left = tl.where(m_left, w_left, 0.0)
+            w_right = tl.where(m_right, w_right, 0.0)
+        b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+        if HALVES == 2:
+            # The first half moves the right state leftward over the second, the second the left one rightward over the first
+            s_far, e_far, total_far = sums(p_row, (1 - i_half) * Q, Q, False)
+            w_far = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far))
+            w_far *= tl.load(p_row + CHUNKS * K + (1 - i_half) * Q + r)
+            cross = tl.exp2(total_far)
+            if HAS_SEQ:
+                w_far = tl.where(m_far, w_far, 0.0)
+                cross = tl.where(m_cross, cross, 0.0)
+            if not BIDIRECTIONAL:
+                w_far = tl.where(i_half == 0, 0.0, w_far)
+                cross = tl.where(i_half == 0, 1.0, cross)
+            x_far = load_tile(x, i_b, o_far, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+            x_far = tl.trans((x_far * w_far[:, None]).to(x_far.dtype))
+            i_1 = i_state + ((1 - i_half) if BIDIRECTIONAL else 0)
             i_2 = i_state + i_half
         else:
-            S_1 = load_state(states, i_state, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+            i_1 = i_state
             i_2 = i_state + 1
-        read_1 = tl.dot(b_C, tl.trans(S_1), read_1, input_precision=PRECISION)
-        if BIDIRECTIONAL:
-            S_2 = load_state(states, i_2, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
-            read_2 = tl.dot(b_Cb, tl.trans(S_2), read_2, input_precision=PRECISION)
-    if BIDIRECTIONAL and HALVES == 2:
-        acc = read_1 * tl.where(i_half == 0, w_right, w_left)[:, None]
-        acc += read_2 * tl.where(i_half == 0, w_left, w_right)[:, None]
-    else:
-        acc = read_1 * w_left[:, None]
-        if BIDIRECTIONAL:
-            acc += read_2 * w_right[:, None]
 
-    i = r[:, None]
-    j = r[None, :]
-    if TWO_MATRICES:
-        pairs = pairs * rightward(i, j, f[:, None], s[None, :], SHIFT) * delta[None, :]
-        pairs += pairs_back * leftward(i, j, b[:, None], e_back[None, :], SHIFT) * delta_back[None, :]
-    elif BIDIRECTIONAL:
-        pairs = tl.where(i == j, 2.0 * pairs, pairs)
-        pairs = pairs * (both_ways(f[:, None], b[:, None], s[None, :], e[None, :]) * delta[None, :])
-    else:
-        pairs = pairs * rightward(i, j, f[:, None], s[None, :], SHIFT) * delta[None, :]
-    if HAS_SEQ:
-        pairs = tl.where(ids[:, None] == ids[None, :], pairs, 0.0)
-    acc = tl.dot(pairs.to(b_x.dtype), b_x, acc, input_precision=PRECISION)
-
-    if HAS_D:
-        if D_CHANNELS:
-            o_c = o_p + tl.arange(0, BLOCK_P)
-            acc += b_x.to(tl.float32) * tl.load(D + i_h * P + o_c, mask=o_c < P, other=0.0).to(tl.float32)[None, :]
+        # What the entering states give: 1 is moved over the other half (the left one if there are no halves), 2 is not
+        read_1 = tl.zeros((Q, BLOCK_P), tl.float32)
+        read_2 = tl.zeros((Q, BLOCK_P), tl.float32)
+        for k in range(BLOCKS_N):
+            o_n = k * BLOCK_N
+            S_1 = load_state(states, i_1, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+            if HALVES == 2:
+                if HOIST:
+                    B_far = Bf_0
+                else:
+                    B_far = load_tile(B, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+                S_1 = tl.dot(x_far, B_far, S_1.to(tl.float32) * cross, input_precision=PRECISION).to(b_x.dtype)
+            if HOIST:
+                b_C = C_0
+                b_Cb = Cb_0 if TWO_MATRICES else C_0
+            else:
+                b_C = load_tile(C, i_b, (o_l - 1) if SHIFT else o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+                b_Cb = b_C
+                if TWO_MATRICES:
+                    b_Cb = load_tile(C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+            read_1 = tl.dot(b_C, tl.trans(S_1), read_1, input_precision=PRECISION)
+            if BIDIRECTIONAL:
+                S_2 = load_state(states, i_2, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
+                read_2 = tl.dot(b_Cb, tl.trans(S_2), read_2, input_precision=PRECISION)
+        if BIDIRECTIONAL and HALVES == 2:
+            acc = read_1 * tl.where(i_half == 0, w_right, w_left)[:, None]
+            acc += read_2 * tl.where(i_half == 0, w_left, w_right)[:, None]
         else:
-            acc += b_x.to(tl.float32) * tl.load(D + i_h).to(tl.float32)
-    if GATED:
-        if KEEP_UNGATED:
-            store_tile(ungated, acc, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
-        gate = load_tile(z, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA).to(tl.float32)
-        acc = acc * gate / (1.0 + tl.exp(-gate))
-    store_tile(y, acc, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+            acc = read_1 * w_left[:, None]
+            if BIDIRECTIONAL:
+                acc += read_2 * w_right[:, None]
+
+        # What the pairs give. C B^T once more for every head: cheaper than the registers that would keep it
+        pairs = tl.zeros((Q, Q), tl.float32)
+        pairs_back = tl.zeros((Q, Q), tl.float32)
+        for k in range(BLOCKS_N):
+            if HOIST:
+                b_C = C_0
+                b_B = B_0
+            else:
+                b_C = load_tile(C, i_b, (o_l - 1) if SHIFT else o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+                b_B = load_tile(B, i_b, o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+            pairs = tl.dot(b_C, tl.trans(b_B), pairs, input_precision=PRECISION)
+            if TWO_MATRICES:
+                if HOIST:
+                    b_C = Cb_0
+                    b_B = Bb_0
+                else:
+                    o_C = (o_l + 1) if SHIFT else o_l
+                    b_C = load_tile(C_back, i_b, o_C, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+                    b_B = load_tile(B_back, i_b, o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+                pairs_back = tl.dot(b_C, tl.trans(b_B), pairs_back, input_precision=PRECISION)
+        if TWO_MATRICES:
+            pairs = pairs * rightward(i, j, f[:, None], s[None, :], SHIFT) * delta[None, :]
+            pairs += pairs_back * leftward(i, j, b[:, None], e_back[None, :], SHIFT) * delta_back[None, :]
+        elif BIDIRECTIONAL:
+            pairs = tl.where(i == j, 2.0 * pairs, pairs)
+            pairs = pairs * (both_ways(f[:, None], b[:, None], s[None, :], e[None, :]) * delta[None, :])
+        else:
+            pairs = pairs * rightward(i, j, f[:, None], s[None, :], SHIFT) * delta[None, :]
+        if HAS_SEQ:
+            pairs = tl.where(ids[:, None] == ids[None, :], pairs, 0.0)
+        acc = tl.dot(pairs.to(b_x.dtype), b_x, acc, input_precision=PRECISION)
+
+        if HAS_D:
+            if D_CHANNELS:
+                o_c = o_p + tl.arange(0, BLOCK_P)
+                acc += b_x.to(tl.float32) * tl.load(D + i_h * P + o_c, mask=o_c < P, other=0.0)[None, :]
+            else:
+                acc += b_x.to(tl.float32) * tl.load(D + i_h)
+        if GATED:
+            if KEEP_UNGATED:
+                store_tile(ungated, acc, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
+            gate = load_tile(z, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA).to(tl.float32)
+            acc = acc * gate / (1.0 + tl.exp(-gate))
+        store_tile(y, acc, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
 
 
 def scan_output(
@@ -218,7 +257,7 @@ def scan_output(
         return tiles(t, q, config.block_n, tma)
 
     with device_of(x):
-        output_kernel[(b * chunks * h * (problem.p2 // config.block_p) * config.halves,)](
+        output_kernel[(b * chunks * (h // config.output_heads) * (problem.p2 // config.block_p) * config.halves,)](
             x=wide(x),
             B=narrow(B),
             C=narrow(C),
@@ -237,6 +276,7 @@ def scan_output(
             G=problem.g,
             P=p,
             N=problem.n,
+            HEADS=config.output_heads,
             Q=q,
             HALVES=config.halves,
             BLOCK_P=config.block_p,
@@ -251,6 +291,7 @@ def scan_output(
             D_CHANNELS=D is not None and D.dim() == 2,
             GATED=z is not None,
             KEEP_UNGATED=ungated is not None,
+            STAGES=config.output_stages,
             TMA=tma,
             PRECISION=problem.precision,
             num_warps=config.output_warps,

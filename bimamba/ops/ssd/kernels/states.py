@@ -98,9 +98,13 @@ def states_kernel(
     if UNTIED:
         if own == 1:
             B = B_back
-            dt = dt_back
-            A = A_back
-            bias = bias_back
+        if not GRAD:
+            if own == 1:
+                dt = dt_back
+                A = A_back
+            if HAS_BIAS:
+                if own == 1:
+                    bias = bias_back
     i_g = i_h // (H // G)
     o_k = tl.arange(0, K)
     p_row = rows + ((i_b.to(tl.int64) * H + i_h) * SETS + (own if UNTIED else 0)) * 2 * CHUNKS * K
