@@ -250,10 +250,15 @@ def decode_all(images: PixelArray | EncodedImages, geometry: Geometry) -> Cached
     loader = DataLoader(
         _Chunks(images, geometry), sampler=chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is
     )
+    error = None
     for rows, decoded in zip(chunks, loader, strict=True):
         if isinstance(decoded, ValueError):
-            raise decoded
+            error = decoded
+            break
         pixels[rows.start : rows.stop] = decoded
+    # Raised out here: an error that holds the loop's frame keeps the processes alive until they time out, after 5 s.
+    if error is not None:
+        raise error
     return CachedImages(pixels)
 
 

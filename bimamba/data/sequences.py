@@ -167,17 +167,14 @@ def tokenise(
 
 def check_alphabet(alphabet: str) -> None:
     """Raises ValueError unless the alphabet is at least two different capital letters."""
-    if len(alphabet) < 2 or len(set(alphabet)) != len(alphabet) or not alphabet.isascii() or not alphabet.isupper():
+    letters = alphabet.isascii() and alphabet.isalpha() and alphabet.isupper()
+    if len(alphabet) < 2 or len(set(alphabet)) != len(alphabet) or not letters:
         raise ValueError(
             "data.alphabet: expected different capital letters, the last one standing for every unknown character "
             f"(DNA: {DNA!r}), got {alphabet!r}"
         )
-    if _misses_n(alphabet):
+    if set(alphabet) == set("ACGT"):
         raise ValueError(f"data.alphabet: expected a last letter for unknown bases ({DNA!r}), got {alphabet!r}")
-
-
-def _misses_n(alphabet: str) -> bool:
-    return set(alphabet) == set("ACGT")
 
 
 def is_dna(alphabet: str) -> bool:

@@ -95,6 +95,9 @@ class VisionDataModule(ClassificationDataModule):
 
     def _make_spec(self, store: CachedImages | LazyImages, names: LabelMap, train: np.ndarray) -> DataSpec:
         channels, height, width = store.batch(torch.zeros(1, dtype=torch.int64)).shape[1:]
+        for option in ("color_jitter", "rand_augment"):
+            if getattr(self.augmentation, option) is not None and channels != 3:
+                raise ValueError(f"data.augment.{option}: expected images of 3 channels, got {channels}")
         if self.mean is None:
             mean, std = channel_statistics(store, train, self.seed)
         else:
