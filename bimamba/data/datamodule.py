@@ -91,7 +91,7 @@ class ClassificationDataModule(LightningDataModule):
         persistent_workers: bool = True,
         prefetch_factor: int | None = None,
         drop_last: bool = False,
-        seed: int = 0,
+        seed: int | None = 0,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         num_folds: int | None = None,
@@ -111,7 +111,9 @@ class ClassificationDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.persistent_workers, self.prefetch_factor, self.drop_last = persistent_workers, prefetch_factor, drop_last
-        self.seed = seed
+        # Without a seed the splits still are those of seed 0: a split that nobody can repeat would put training rows into
+        # the test set of a later evaluation.
+        self.seed = 0 if seed is None else seed
         self.val_fraction, self.test_fraction, self.num_folds, self.fold = val_fraction, test_fraction, num_folds, fold
         self.problem, self.class_names = problem, tuple(map(str, class_names)) if class_names is not None else None
         self.check_duplicates = check_duplicates

@@ -45,6 +45,17 @@ def test_splits_are_disjoint_and_depend_on_the_seed_alone(tmp_path):
     assert splits(0) == splits(0) != splits(1)
 
 
+def test_without_a_seed_the_splits_can_be_repeated(tmp_path):
+    path = write_table(tmp_path / "x.csv", sequence_rows(60))
+    found = []
+    for seed in (None, 0):
+        data = table(path, seed=seed)
+        data.setup("fit")
+        found.append({k: v.tolist() for k, v in data.splits.items()})
+        next(iter(data.train_dataloader()))
+    assert found[0] == found[1]
+
+
 def test_file_system_order_does_not_matter(tmp_path, monkeypatch):
     from pathlib import Path
 

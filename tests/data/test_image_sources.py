@@ -315,7 +315,7 @@ def test_an_unreadable_image_met_in_training_is_named(tmp_path):
     write_images(tmp_path, {"a": 4, "b": 4})
     (tmp_path / "a" / "001.png").write_bytes(b"broken")
     stated = dict(image_size=8, channels=3, mean=[0.5] * 3, std=[0.5] * 3)
-    data = setup(ImageFolder(), tmp_path, cache=False, val_fraction=0, test_fraction=0, **stated)
+    data = setup(ImageFolder(), tmp_path, cache=False, val_fraction=0, test_fraction=0, num_workers=0, **stated)
     with stops("a/001.png", "cannot be decoded"):
         list(data.train_dataloader())
 
