@@ -1,0 +1,121 @@
+"""Metrics of uneven batches equal scikit-learn's on the whole epoch."""
+
+import numpy as np
+import pytest
+import sklearn.metrics as sk
+import torch
+from scipy import stats
+
+from bimamba.spec import DataSpec
+from bimamba.tasks import make_confusion_matrix, make_metrics
+
+SPLITS = [13, 1, 50, 36]  # batches of one epoch of 100
+
+
+def spec(problem, k):
+    return DataSpec("sequence", problem, tuple("abcdefgh"[:k]), alphabet="ACGTN", max_length=9)
+
+
+def epoch(problem, k, probability, label):
+    metrics, confusion = make_metrics(spec(problem, k), "val/"), make_confusion_matrix(spec(problem, k))
+    for p, y in zip(probability.split(SPLITS), label.split(SPLITS), strict=True):
+        metrics.update(p, y)
+        if confusion is not None:
+            confusion.update(p, y)
+    values = {key.removeprefix("val/"): float(v.float().mean()) for key, v in metrics.compute().items()}
+    return values, None if confusion is None else confusion.compute().numpy()
+
+
+def calibration(confidence, correct, bins=15):
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [(index == b).mean() * abs(confidence[index == b].mean() - correct[index == b].mean()) for b in set(index)]
+    return sum(gaps)
+
+
+def test_binary():
+    torch.manual_seed(0)
+    label = (torch.rand(100) < 0.3).long()
+    p = (0.6 * torch.rand(100) + 0.4 * label).clamp(0.01, 0.99)
+    got, matrix = epoch("binary", 2, p, label)
+    y, q = label.numpy(), p.double().numpy()
+    hard = (q > 0.5).astype(int)
+    expected = {
+        "accuracy": sk.accuracy_score(y, hard),
+        "balanced_accuracy": sk.balanced_accuracy_score(y, hard),
+        "sensitivity": sk.recall_score(y, hard),
+        "specificity": sk.recall_score(y, hard, pos_label=0),
+        "f1": sk.f1_score(y, hard),
+        "f1_macro": sk.f1_score(y, hard, average="macro"),
+        "mcc": sk.matthews_corrcoef(y, hard),
+        "auroc": sk.roc_auc_score(y, q),
+        "average_precision": sk.average_precision_score(y, q),
+        "calibration_error": calibration(q, y),
+    }
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert (matrix == sk.confusion_matrix(y, hard)).all()
+
+
+def test_multiclass():
+    torch.manual_seed(1)
+    label = torch.randint(4, (100,))
+    p = (torch.randn(100, 4) + 1.5 * torch.nn.functional.one_hot(label, 4)).softmax(-1)
+    got, matrix = epoch("multiclass", 4, p, label)
+    y, q = label.numpy(), p.double().numpy()
+    hard = q.argmax(1)
+    expected = {
+        "accuracy": sk.accuracy_score(y, hard),
+        "balanced_accuracy": sk.balanced_accuracy_score(y, hard),
+        "f1": sk.f1_score(y, hard, average="macro"),
+        "mcc": sk.matthews_corrcoef(y, hard),
+        "auroc": sk.roc_auc_score(np.eye(4)[y], q, average="macro"),
+        "average_precision": sk.average_precision_score(np.eye(4)[y], q, average="macro"),
+        "calibration_error": calibration(q.max(1), hard == y),
+    }
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert (matrix == sk.confusion_matrix(y, hard)).all()
+
+
+def test_multilabel():
+    torch.manual_seed(2)
+    label = (torch.rand(100, 3) < torch.tensor([0.2, 0.5, 0.7])).long()
+    p = (0.5 * torch.rand(100, 3) + 0.4 * label).clamp(0.01, 0.99)
+    got, matrix = epoch("multilabel", 3, p, label)
+    y, q = label.numpy(), p.double().numpy()
+    hard = (q > 0.5).astype(int)
+    expected = {
+        "accuracy": (y == hard).mean(),
+        "exact_match": sk.accuracy_score(y, hard),
+        "balanced_accuracy": np.mean([sk.balanced_accuracy_score(y[:, i], hard[:, i]) for i in range(3)]),
+        "f1": sk.f1_score(y, hard, average="macro"),
+        "mcc": sk.matthews_corrcoef(y.ravel(), hard.ravel()),
+        "auroc": sk.roc_auc_score(y, q, average="macro"),
+        "average_precision": sk.average_precision_score(y, q, average="macro"),
+        "calibration_error": calibration(q.ravel(), y.ravel()),
+    }
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert (matrix == sk.multilabel_confusion_matrix(y, hard)).all()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_regression(k):
+    torch.manual_seed(3)
+    label = torch.randn(100, k)
+    value = label + 0.5 * torch.randn(100, k)
+    flat = (lambda t: t[:, 0]) if k == 1 else (lambda t: t)
+    got, matrix = epoch("regression", k, flat(value), flat(label))
+    y, v = label.double().numpy(), value.double().numpy()
+    expected = {
+        "mse": sk.mean_squared_error(y, v),
+        "mae": sk.mean_absolute_error(y, v),
+        "r2": sk.r2_score(y, v),
+        "pearson": np.mean([stats.pearsonr(y[:, i], v[:, i])[0] for i in range(k)]),
+        "spearman": np.mean([stats.spearmanr(y[:, i], v[:, i])[0] for i in range(k)]),
+    }
+    assert got == pytest.approx(expected, abs=1e-4)
+    assert matrix is None
+
+
+def test_one_sample_has_no_r2():
+    metrics = make_metrics(spec("regression", 1), "")
+    metrics.update(torch.ones(1), torch.ones(1))
+    assert metrics["r2"].compute().isnan()

@@ -1,0 +1,100 @@
+"""Decay-free groups, and the values of the schedules."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bimamba import optim
+from bimamba.models import Classifier
+from bimamba.spec import DataSpec
+
+SPEC = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACGTN", max_length=20)
+
+
+def rates(schedule, steps, **options):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = schedule(optimizer, total_steps=steps, **options)
+    values = []
+    for _ in range(steps):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def test_decay_spares_dynamics_norms_and_biases():
+    net = Classifier(SPEC, d_model=32, depth=1)
+    names = {id(p): n for n, p in net.named_parameters()}
+    decay, free = optim.parameter_groups(net, 0.3)
+    assert (decay["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+    freed = {names[id(p)] for p in free["params"]}
+    for ending in ("A_log", "D", "dt_bias", "norm.weight", "conv1d.bias", "proj.bias"):
+        assert any(n.endswith(ending) for n in freed), ending
+    assert {n.split(".")[-2] for n in map(names.get, map(id, decay["params"])) if n} >= {"in_proj", "out_proj", "embed"}
+    assert all(p.ndim > 1 for p in decay["params"])
+    assert len(freed) + len(decay["params"]) == len(names)
+
+
+def test_marked_parameters_of_any_shape_are_spared_and_frozen_ones_left_out():
+    module = nn.Linear(3, 2)
+    module.weight._no_weight_decay = True
+    (free,) = optim.parameter_groups(module, 0.1)
+    assert free["name"] == "no_decay" and len(free["params"]) == 2
+    module.bias.requires_grad_(False)
+    assert [p is module.weight for p in optim.parameter_groups(module, 0.1)[0]["params"]] == [True]
+
+
+def test_flat_parameters_are_grouped_by_the_names_they_had_before_sharding():
+    module = nn.Linear(3, 2)
+    names = optim.undecayed_names(module)
+    module.weight = nn.Parameter(module.weight.detach().flatten())  # as FSDP shows it
+    decay, free = optim.parameter_groups(module, 0.1, names)
+    assert decay["params"][0] is module.weight and free["params"][0] is module.bias
+
+
+def test_cosine_values():
+    values = rates(optim.cosine, 11, warmup=2, final_ratio=0.1)
+    assert values[:3] == pytest.approx([2 / 3, 4 / 3, 2.0])
+    assert values[6] == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 8))))
+    assert values[-1] == pytest.approx(0.2)
+    assert all(a > b for a, b in zip(values[2:], values[3:], strict=False))
+
+
+def test_linear_and_constant_values():
+    assert rates(optim.linear, 5) == pytest.approx([2.0, 1.5, 1.0, 0.5, 0.0])
+    assert rates(optim.constant, 5, warmup=0.4) == pytest.approx([2 / 3, 4 / 3, 2, 2, 2])
+
+
+def test_training_beyond_the_plan_stays_at_the_final_rate():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = optim.cosine(optimizer, total_steps=4, final_ratio=0.25)
+    for _ in range(9):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "message"),
+    [
+        (-1, 10, "warmup"),
+        (1.0, 10, "fraction in"),
+        (10, 10, "leave nothing"),
+        (0.1, math.inf, "endless"),
+    ],
+)
+def test_bad_warmups(warmup, total, message):
+    with pytest.raises(ValueError, match=message):
+        optim.warmup_steps(warmup, total)
+
+
+def test_endless_training_needs_a_constant_rate():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    for schedule in (optim.cosine, optim.linear):
+        with pytest.raises(ValueError, match=r"trainer\.max_steps"):
+            schedule(optimizer, total_steps=math.inf)
+    optim.constant(optimizer, total_steps=math.inf, warmup=3)
+    with pytest.raises(ValueError, match="final_ratio"):
+        optim.linear(optimizer, total_steps=9, final_ratio=2)
