@@ -111,8 +111,8 @@ class ClassificationDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.persistent_workers, self.prefetch_factor, self.drop_last = persistent_workers, prefetch_factor, drop_last
-        # Without a seed the splits still are those of seed 0: a split that nobody can repeat would put training rows into
-        # the test set of a later evaluation.
+        # Without a seed the splits still are those of seed 0: a split that nobody can repeat would put training rows
+        # into the test set of a later evaluation.
         self.seed = 0 if seed is None else seed
         self.val_fraction, self.test_fraction, self.num_folds, self.fold = val_fraction, test_fraction, num_folds, fold
         self.problem, self.class_names = problem, tuple(map(str, class_names)) if class_names is not None else None
