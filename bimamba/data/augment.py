@@ -165,3 +165,28 @@ class ReverseComplement(nn.Module):
             self.to(tokens.device)  # once: a copy at each batch would wait for the device
         turned = self.complement[tokens.gather(1, source)]
         return torch.where(chosen, turned, tokens)
+
+
+class RandomSubstitution(nn.Module):
+    """Puts a random character of the alphabet (not the unknown one) in place of each real one, with a probability.
+
+    Against learning a small data set by heart (Lee et al. 2023, "EvoAug"). Padding stays as it is.
+
+    Args:
+        alphabet: of the token ids; the last character stands for the unknown.
+        probability: of a character being drawn anew; it may come out as it was.
+
+    Raises:
+        ValueError: the probability is out of range.
+    """
+
+    def __init__(self, alphabet: str, probability: float) -> None:
+        super().__init__()
+        if not 0 <= probability <= 1:
+            raise ValueError(f"data.augment.substitution: expected a probability in [0, 1], got {probability}")
+        self.known, self.probability = len(alphabet) - 1, probability
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Token ids int64 `(b, l)`, mask bool `(b, l)`."""
+        chosen = (torch.rand(tokens.shape, device=tokens.device) < self.probability) & mask
+        return torch.where(chosen, torch.randint_like(tokens, 1, self.known + 1), tokens)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from bimamba.data.augment import ReverseComplement
+from bimamba.data.augment import RandomSubstitution, ReverseComplement
 from bimamba.data.collate import Batch
 from bimamba.data.datamodule import ClassificationDataModule
 from bimamba.data.labels import LabelMap
@@ -27,7 +28,8 @@ class SequenceDataModule(ClassificationDataModule):
             middle is kept).
         bucket: batches of similar length, to save padding.
         pad_to_multiple: lengths of batches are multiples of this.
-        augment: `reverse_complement`, the probability of reading a training row on the other strand.
+        augment: in training, `reverse_complement`, the probability of reading a row on the other strand, and
+            `substitution`, that of drawing a character anew.
         options: those of `ClassificationDataModule`.
 
     Raises:
@@ -56,7 +58,7 @@ class SequenceDataModule(ClassificationDataModule):
             raise ValueError(f"data.pad_to_multiple: expected at least 1, got {pad_to_multiple}")
         self.alphabet, self.max_length, self.truncate = alphabet, max_length, truncate
         self.bucket, self.pad_to_multiple = bucket, pad_to_multiple
-        self.augmentation = _augmentation(alphabet, **(augment or {}))
+        self.augmentations = _augmentations(alphabet, **(augment or {}))
 
     def _store(self, records: Records) -> TokenRows:
         alphabet, max_length = self.alphabet, self.max_length
@@ -78,11 +80,16 @@ class SequenceDataModule(ClassificationDataModule):
         return {"pad_to_multiple": self.pad_to_multiple}
 
     def transform(self, batch: Batch, training: bool) -> Batch:
-        """Token ids, in training some rows on the other strand."""
-        if training and self.augmentation is not None:
-            batch["inputs"] = self.augmentation(batch["inputs"], batch["mask"])
+        """Token ids, augmented in training."""
+        for augmentation in self.augmentations if training else ():
+            batch["inputs"] = augmentation(batch["inputs"], batch["mask"])
         return batch
 
 
-def _augmentation(alphabet: str, reverse_complement: float = 0.0) -> ReverseComplement | None:
-    return ReverseComplement(alphabet, reverse_complement) if reverse_complement else None
+def _augmentations(alphabet: str, reverse_complement: float = 0.0, substitution: float = 0.0) -> list[nn.Module]:
+    made = []
+    if reverse_complement:
+        made.append(ReverseComplement(alphabet, reverse_complement))
+    if substitution:
+        made.append(RandomSubstitution(alphabet, substitution))
+    return made

@@ -152,7 +152,7 @@ def test_every_option_is_spelt_out(name):
     if kind is VisionDataModule:
         assert set(cfg["augment"]) == set(inspect.signature(ImageAugmentation).parameters)
     else:
-        assert set(cfg["augment"]) == {"reverse_complement"}
+        assert set(cfg["augment"]) == {"reverse_complement", "substitution"}
 
 
 def test_imagenet_evaluates_on_its_validation_set(tmp_path):

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from bimamba.data.augment import ReverseComplement
+from bimamba.data.augment import RandomSubstitution, ReverseComplement
 from bimamba.data.collate import pad_rows
 from bimamba.data.sequences import ByteRows, check_alphabet, complement_tokens, reverse_complement, tokenise
 
@@ -130,6 +130,17 @@ def test_reverse_complement_augmentation_turns_some_rows_as_the_generator_says()
     assert 0.4 < share < 0.6
     torch.manual_seed(0)
     assert torch.equal(augment(ids, mask), once)
+
+
+def test_substitution_draws_real_characters_anew():
+    ids, mask = tokens(*["AACCG" * 20] * 50, "AC").batch(torch.arange(51))
+    torch.manual_seed(0)
+    drawn = RandomSubstitution("ACGTN", 0.4)(ids, mask)
+    assert torch.equal(drawn == 0, ids == 0) and drawn.max() == 4  # padding stays, nothing becomes unknown
+    share = (drawn != ids)[mask].float().mean()
+    assert 0.27 < share < 0.33  # 0.4, less the quarter that comes out as it was
+    with pytest.raises(ValueError, match=r"substitution: expected a probability in \[0, 1\], got -1"):
+        RandomSubstitution("ACGTN", -1)
 
 
 def test_complement_needs_dna():
