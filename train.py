@@ -13,7 +13,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
@@ -91,11 +91,12 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
 
 
 def make_callbacks(cfg: DictConfig) -> list[Callback]:
-    """The callbacks, without those that the trainer's switches turn off."""
+    """The callbacks, without those that the trainer's switches, or the lack of a logger, turn off."""
     off = {
         ModelCheckpoint: not cfg.trainer.enable_checkpointing,
         ProgressBar: not cfg.trainer.enable_progress_bar,
         ModelSummary: not cfg.trainer.enable_model_summary,
+        LearningRateMonitor: not config.parts(cfg.logger),
     }
     callbacks = [instantiate(c) for c in config.parts(cfg.callbacks)]
     return [c for c in callbacks if not any(isinstance(c, kind) and switch for kind, switch in off.items())]

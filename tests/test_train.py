@@ -1,0 +1,263 @@
+"""train.py end to end on the digits: fit, resume, test and predict from the checkpoint alone, and every bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from runs import DIGITS, ROOT, composed, load, run, train
+
+from bimamba.checkpoint import read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """One short training with its folder; read only."""
+    folder = tmp_path_factory.mktemp("fitted")
+    metrics = run(folder, *DIGITS, "trainer.max_epochs=2", "task.optimizer.lr=0.01", choices={"experiment": "digits"})
+    return folder, metrics
+
+
+def best(fitted):
+    return f"ckpt_path={fitted[0] / 'checkpoints' / 'best.ckpt'}"
+
+
+def last(fitted):
+    return f"ckpt_path={fitted[0] / 'checkpoints' / 'last.ckpt'}"
+
+
+def test_a_run_folder_holds_everything(fitted):
+    folder, metrics = fitted
+    for name in (
+        "config.yaml",
+        "spec.json",
+        "metrics.json",
+        "predictions.parquet",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "csv/version_0/metrics.csv",
+        "plots/learning_curves.png",
+        "plots/confusion_matrix_val.png",
+        "plots/confusion_matrix_test.png",
+        "plots/reliability_test.png",
+        "plots/examples_test.png",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert json.loads((folder / "metrics.json").read_text()) == pytest.approx(metrics)
+    assert json.loads((folder / "spec.json").read_text())["class_names"] == list("0123456789")
+    with Image.open(folder / "plots" / "confusion_matrix_test.png") as image:
+        assert np.asarray(image.convert("RGB")).std() > 10  # something is drawn
+    logged = set(next(csv.reader((folder / "csv/version_0/metrics.csv").open())))
+    assert {"train/loss", "val/mcc", "test/auroc", "train/grad_norm", "performance/samples_per_second"} <= logged
+    assert any(name.startswith("train/lr") for name in logged)
+
+
+def test_predictions_agree_with_the_metrics(fitted):
+    folder, metrics = fitted
+    table = pq.read_table(folder / "predictions.parquet")
+    assert table.column_names[:3] == ["id", "prediction", "label"]
+    rows = table.to_pylist()
+    assert len(rows) == 359 and len({r["id"] for r in rows}) == 359
+    accuracy = np.mean([r["prediction"] == r["label"] for r in rows])
+    assert accuracy == pytest.approx(metrics["test/accuracy"], abs=1e-6)
+    assert sum(rows[0][f"probability_{c}"] for c in "0123456789") == pytest.approx(1, abs=1e-5)
+
+
+def test_a_checkpoint_carries_its_configuration_in_plain_containers(fitted):
+    saved = load(fitted[0] / "checkpoints" / "best.ckpt")
+    assert saved["config"]["trainer"]["max_epochs"] == 2 and saved["config"]["data"]["seed"] == 0
+    assert saved["recipe"]["data"]["seed"] == "${seed}"
+    assert saved["spec"]["height"] == 8 and saved["choices"] == {"experiment": "digits"}
+
+
+def test_testing_repeats_no_override_and_gives_the_same_figures(fitted, tmp_path):
+    metrics = run(tmp_path, "stage=test", best(fitted), "extras.print_config=false")
+    for name in ("test/accuracy", "test/loss", "test/mcc", "test/auroc"):
+        assert metrics[name] == pytest.approx(fitted[1][name], abs=1e-6), name
+    assert (tmp_path / "predictions.parquet").is_file()
+    assert (tmp_path / "plots" / "confusion_matrix_test.png").is_file()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_predicting_needs_no_training_data(fitted, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 60 * i, dtype=np.uint8)).save(images / f"{i}.png")
+    metrics = run(tmp_path / "out", "stage=predict", best(fitted), f"data.predict={images}")
+    assert metrics == {}  # nobody knows the labels
+    table = pq.read_table(tmp_path / "out" / "predictions.parquet")
+    assert table.num_rows == 3 and "label" not in table.column_names
+
+
+def test_command_line_adds_to_the_checkpoint(fitted, tmp_path):
+    checkpoint = read_checkpoint(fitted[0] / "checkpoints" / "best.ckpt")
+    typed = ["stage=test", best(fitted), "++data.batch_size=7", "trainer=ddp_sim", "logger=none", "++seed=3"]
+    given = composed(tmp_path, *typed)
+    with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = train.config.with_checkpoint(given, checkpoint, typed)
+    assert cfg.data.batch_size == 7 and cfg.data.seed == 3
+    assert cfg.model.d_model == 16 and cfg.model.embedding.patch_size == 4  # the checkpoint's
+    assert cfg.trainer.devices == 2 and cfg.trainer.max_epochs == 10  # the group's, not that of the default experiment
+    assert not cfg.logger
+    assert cfg.paths.output_dir == str(tmp_path)
+
+
+def test_resuming_goes_on_where_it_stopped_in_the_same_folder(tmp_path):
+    run(tmp_path, *DIGITS, "trainer.max_epochs=1", "test=false")
+    first = load(tmp_path / "checkpoints" / "last.ckpt")
+    run(tmp_path, f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", "trainer.max_epochs=3", "test=false")
+    second = load(tmp_path / "checkpoints" / "last.ckpt")
+    assert (first["epoch"], second["epoch"]) == (0, 2)
+    assert second["global_step"] == 3 * first["global_step"]
+    steps = {int(s["step"]) for s in second["optimizer_states"][0]["state"].values()}
+    assert steps == {second["global_step"]}  # Adam went on counting
+    assert second["config"]["model"]["d_model"] == 16
+    (state,) = (v for k, v in second["callbacks"].items() if "LearningCurves" in k)
+    assert [row["epoch"] for row in state["history"]] == [0, 1, 2]
+    assert len(list(tmp_path.glob("config*.yaml"))) == 2  # the first one is kept
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    # No augmentation and no dropout: what the random generators hold is the business of a later issue.
+    options = [*DIGITS, "test=false", "task.scheduler=null", "data.augment.crop_padding=0", "model.dropout=0"]
+    options += ["data.augment.rand_augment=null", "model.drop_path=0", "data.augment.resized_crop=null"]
+    run(tmp_path / "whole", *options, "trainer.max_epochs=2")
+    run(tmp_path / "parts", *options, "trainer.max_epochs=1")
+    run(tmp_path / "parts", f"ckpt_path={tmp_path / 'parts/checkpoints/last.ckpt'}", "trainer.max_epochs=2")
+    whole, parts = (load(tmp_path / p / "checkpoints" / "last.ckpt")["state_dict"] for p in ("whole", "parts"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=0, atol=0, msg=name)
+
+
+def test_where_runs_write(fitted, tmp_path):
+    _output_dir = train.config._output_dir
+    folder, checkpoint = fitted[0], str(fitted[0] / "checkpoints" / "best.ckpt")
+    assert _output_dir("fit", None, "logs", "digits", "now") == "logs/digits/runs/now"
+    assert _output_dir("fit", checkpoint, "logs", "digits", "now") == str(folder)
+    assert _output_dir("test", checkpoint, "logs", "digits", "now") == str(folder / "test" / "now")
+    alone = str(tmp_path / "downloaded.ckpt")
+    assert _output_dir("test", alone, "logs", "digits", "now") == "logs/test/runs/now"
+    assert _output_dir("fit", alone, "logs", "digits", "now") == "logs/digits/runs/now"
+
+
+def test_fast_dev_run_leaves_no_checkpoint(tmp_path):
+    metrics = run(tmp_path, *DIGITS, "trainer.fast_dev_run=true")
+    assert "test/accuracy" in metrics and not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_switches_of_the_trainer_need_no_other_callbacks(tmp_path):
+    metrics = run(tmp_path, *DIGITS, "trainer.enable_checkpointing=false", "trainer.max_epochs=1", "logger=none")
+    assert "test/accuracy" in metrics  # of the last weights
+
+
+def test_seed_zero_is_a_seed_and_null_is_none(tmp_path):
+    options = [*DIGITS, "trainer.fast_dev_run=true"]
+    a, b = (run(tmp_path / n, *options, "seed=0")["train/loss"] for n in "ab")
+    c, d = (run(tmp_path / n, *options, "seed=null", "data.seed=0")["train/loss"] for n in "cd")
+    assert a == b and c != d
+
+
+# --------------------------------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stage=tset"], "stage: expected one of fit, test, predict"),
+        (["stage=test"], "needs a checkpoint"),
+        (["stage=predict", "ckpt_path=x.ckpt"], "data.predict=FILE"),
+        (["stage=test", "ckpt_path=nowhere/x.ckpt"], "expected a checkpoint file, got nowhere/x.ckpt"),
+        (["monitor=test/accuracy"], "must not choose the model"),
+        (["seed=0", "task.label_smoothing=2"], "label_smoothing"),
+        (["task.scheduler.warmup=-3"], "warmup"),
+    ],
+)
+def test_bad_values(tmp_path, overrides, message):
+    with pytest.raises(SystemExit) as caught, train.config.clear_errors():
+        run(tmp_path, *DIGITS, *overrides)
+    assert message in str(caught.value) and str(caught.value).startswith("error: ")
+
+
+def test_clear_errors_are_one_message(capsys):
+    with pytest.raises(SystemExit) as caught, train.config.clear_errors():
+        raise ValueError("expected a, got b")
+    assert str(caught.value).startswith("error: expected a, got b\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batchsize=8", "did you mean data.batch_size"),
+        ("experiment=promoters", "brings its own configuration"),
+        ("model.d_model=24", "of another model"),
+        ("model=tiny", "of another model"),
+        ("data.predict=/nowhere/at/all", "/nowhere/at/all"),
+    ],
+)
+def test_bad_additions_to_a_checkpoint(fitted, tmp_path, override, message):
+    stage = "predict" if "predict" in override else "test"
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        run(tmp_path, f"stage={stage}", best(fitted), override, "extras.print_config=false")
+    assert message in str(caught.value)
+
+
+def test_other_class_names_are_refused(fitted, tmp_path):
+    names = "[a,b,c,d,e,f,g,h,i,j]"
+    with pytest.raises(ValueError, match="class names differ") as caught:
+        run(tmp_path, "stage=test", best(fitted), f"data.class_names={names}", "extras.print_config=false")
+    assert "'0'" in str(caught.value) and "'a'" in str(caught.value)
+
+
+def test_optimized_metric():
+    assert train.config.optimized({"val/mcc": 0.5}, "val/mcc") == 0.5
+    assert train.config.optimized({"val/mcc": 0.5}, None) is None
+    with pytest.raises(ValueError, match="there are val/mcc"):
+        train.config.optimized({"val/mcc": 0.5}, "val/auc")
+
+
+# ------------------------------------------------------------------------------------------------ in a fresh process
+
+
+def launch(*arguments, **options):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def test_interrupt_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    process = launch(*DIGITS, "trainer.max_epochs=100000", f"paths.log_dir={tmp_path}")
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob("digits/runs/*/checkpoints/last.ckpt"))):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    saved = found[0].with_name("interrupted.ckpt")
+    assert str(saved) in said and f"python train.py ckpt_path={saved}" in said
+    step = load(saved)["global_step"]
+    assert step > 0
+    # Resumed by the command that was printed, it ends at the epoch it is told to.
+    epoch = load(saved)["epoch"] + 2
+    folder = saved.parents[1]
+    run(folder, f"ckpt_path={saved}", f"trainer.max_epochs={epoch}", "test=false", "extras.print_config=false")
+    assert load(folder / "checkpoints" / "last.ckpt")["global_step"] > step
+    assert not saved.exists()  # it has served
+
+
+def test_a_user_error_in_a_fresh_process_is_one_message(tmp_path):
+    process = launch("experiment=promoters", f"paths.log_dir={tmp_path}")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in said
+    assert "error: data.path is not set" in said
