@@ -71,11 +71,11 @@ class Problem:
         """Row blocks that one program of the later stages owns."""
         return -(-self.l // config.rows)
 
-    def states_shape(self, config: Config) -> tuple[int, ...]:
-        return (self.b, self.chunks(config), self.h, self.directions, self.p2, self.n2)
+    def states_shape(self, chunk: int) -> tuple[int, ...]:
+        return (self.b, -(-self.l // chunk), self.h, self.directions, self.p2, self.n2)
 
-    def rows_shape(self, config: Config) -> tuple[int, ...]:
-        return (self.b, self.h, self.sets, 2, self.chunks(config) * config.chunk)
+    def rows_shape(self, chunk: int) -> tuple[int, ...]:
+        return (self.b, self.h, self.sets, 2, -(-self.l // chunk) * chunk)
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Config:
     grad_x_heads: int = 1
     grad_x_warps: int = 4
     grad_x_stages: int = 2
+    grad_bc_block_n: int = 64
     grad_bc_heads: int = 1
     grad_bc_warps: int = 4
     grad_bc_stages: int = 2
@@ -124,40 +125,72 @@ def forced(**fields):
 
 
 def choose(problem: Problem, saved: bool, backward: bool) -> Config:
-    """The configuration of a pass. Both passes must agree on `chunk` where the states are `saved` between them."""
+    """The configuration of a pass; `saved`: the states are kept between forward and backward pass."""
     config = _rule(problem, saved, backward)
     return replace(config, **_forced) if _forced else config
 
 
+def chunk_of(problem: Problem, saved: bool) -> tuple[int, int]:
+    """Chunk length and halves: all that shapes of saved tensors depend on. Comparisons only, so sizes may be symbolic.
+
+    H100, b8 l2048 h24 p64 n64 bf16, us: chunk 64: states 76, output 79, grad_x 139, grad_bc 137; chunk 128 in halves:
+    states 55, output 79, grad_x 162, grad_bc 224. So chunk 128 where no gradient follows, and, for its memory, where the
+    states are recomputed; chunk 64 where they are saved.
+    """
+    if "chunk" in _forced or "halves" in _forced:
+        halves = _forced.get("halves", 1)
+        return _forced.get("chunk", 64 * halves), halves
+    if problem.dtype == torch.float32:
+        return (16 if problem.l <= 16 else 32), 1
+    if problem.l <= 64:
+        return (16 if problem.l <= 16 else 32 if problem.l <= 32 else 64), 1
+    if saved or problem.untied or problem.shift or problem.n > 128:
+        return 64, 1
+    return 128, 2
+
+
 @functools.lru_cache(maxsize=1024)
 def _rule(problem: Problem, saved: bool, backward: bool) -> Config:
+    """Times in us, H100, bf16, b8 l2048 h24 p64 g1 with n = 64 and n = 128, unless said otherwise."""
     device = _device(problem.device)
-    wide = problem.dtype == torch.float32
-    halves = 1 if wide or problem.untied or problem.shift or problem.l <= 64 else 2
-    rows = min(32 if wide else 64, max(16, _power_of_two(problem.l)))
-    block_p = min(problem.p2, 32 if wide else 64)
-    block_n = min(problem.n2, 32 if wide else 128)
+    chunk, halves = chunk_of(problem, saved)
+    exact = problem.dtype == torch.float32  # products on the plain units: small tiles, registers and no pipeline
+    block_p = min(problem.p2, 32 if exact else 64)
+    block_n = min(problem.n2, 32 if exact else 128)
+    narrow = min(block_n, 64)
     heads = problem.h // problem.g
-    programs = problem.b * problem.h * problem.directions
-    walk = programs * (problem.p2 // block_p) * (problem.n2 // block_n) >= 2 * device.processors
-    parts = problem.b * -(-problem.l // rows) * problem.g
-    tma = device.has_tma and _fits_descriptors(problem, block_p, block_n) and not wide
+    tma = device.has_tma and not exact and _fits_descriptors(problem, block_p, block_n)
+    roomy = device.shared_memory >= 160 * 1024  # data centre chips; others hold one tile of each kind
+    walks = problem.b * problem.h * problem.directions * (problem.p2 // block_p) * (problem.n2 // narrow)
+    row_blocks = problem.b * -(-problem.l // (chunk // halves)) * problem.g
+    # grad_bc sums over heads in registers and its parts through memory: as few parts as fill the chip twice
+    parts = -(-2 * device.processors // row_blocks)
     return Config(
-        chunk=rows * halves,
+        chunk=chunk,
         halves=halves,
         block_p=block_p,
         block_n=block_n,
         tma=tma,
-        walk=walk,
-        states_block_n=block_n,
-        output_heads=_divisor(heads, 6),
-        grad_x_heads=_divisor(heads, 6),
-        grad_bc_heads=_divisor(heads, max(1, heads * parts // (2 * device.processors))),
-        grad_bc_warps=8 if block_n > 64 else 4,
-        output_stages=1 if wide else 2,
-        grad_x_stages=1 if wide else 2,
-        grad_bc_stages=1 if wide else 2,
+        walk=walks >= 2 * device.processors,
+        # n 64: 86 with 2 stages and 76 with 3 at chunk 64; 55 and 62 at chunk 128. n 128: blocks of 64 89, of 128 102
+        states_block_n=narrow,
+        states_stages=1 if exact else 3 if roomy and (chunk == 64 or block_n > 64) else 2,
+        # 81 with 6 heads, 79 with 12 and 3 stages (n 64, either chunk); n 128: 2 stages 114, 1 stage 140 at chunk 64,
+        # 158 and 148 at chunk 128
+        output_heads=_divisor(heads, 12),
+        output_stages=_stages(exact or not roomy, 3 if block_n <= 64 else 1 if halves == 2 else 2),
+        # n 64: 145 with 2 stages, 139 with 3; in halves 162, 259. n 128: 238 with 2, 210 with 1
+        grad_x_heads=_divisor(heads, 12),
+        grad_x_stages=_stages(exact or not roomy, 1 if block_n > 64 else 2 if halves == 2 else 3),
+        # n 64: 137 with 2 stages, 176 with 3; in halves 310, 224 with 1. n 128: blocks of 64 241, of 128 249
+        grad_bc_block_n=narrow,
+        grad_bc_heads=_divisor(heads, max(1, heads // parts)),
+        grad_bc_stages=_stages(exact or not roomy, 1 if halves == 2 else 2),
     )
+
+
+def _stages(single: bool, best: int) -> int:
+    return 1 if single else best
 
 
 def _fits_descriptors(problem: Problem, block_p: int, block_n: int) -> bool:
@@ -183,7 +216,10 @@ def _device(device: torch.device) -> Device:
 
 
 def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+    power = 1
+    while power < size:  # comparisons: `size` may be symbolic
+        power *= 2
+    return power
 
 
 def _divisor(heads: int, most: int) -> int:

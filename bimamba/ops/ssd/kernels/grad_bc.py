@@ -279,7 +279,7 @@ def grad_bc(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """dB, dC, those of the backward direction (untied only), and `crossing (b * parts, h, 2, blocks of n)`."""
     b, l, h, p = x.shape
-    q, tma, chunks, width = config.rows, config.tma, problem.chunks(config), config.block_n
+    q, tma, chunks, width = config.rows, config.tma, problem.chunks(config), config.grad_bc_block_n
     parts = h // problem.g // config.grad_bc_heads
     blocks_n = problem.n2 // width
     crossing = torch.empty((b * chunks * config.halves, h, 2, blocks_n), dtype=torch.float32, device=x.device)

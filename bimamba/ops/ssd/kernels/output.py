@@ -19,13 +19,14 @@ from .common import (
     device_of,
     leftward,
     load_state,
+    load_sums,
     load_tile,
+    local,
     reading,
     rightward,
     sequence_id,
     sequence_ids,
     store_tile,
-    sums,
 )
 from .descriptors import state_tiles, tiles
 
@@ -110,20 +111,37 @@ def output_kernel(
             Cb_0 = load_tile(C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
         if HALVES == 2:
             Bf_0 = load_tile(B, i_b, o_far, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+    PADDED = CHUNKS * K
+    HEAD_ROWS = SETS * 2 * PADDED
+    p_row = rows + (i_b.to(tl.int64) * H + i_first) * HEAD_ROWS + i_c * K
+    o_near = i_half * Q
+    s_next, e_next, d_next, total_next, start_next = load_sums(p_row, o_near, PADDED, Q, HALVES == 1)
+    if HALVES == 2:
+        o_other = (1 - i_half) * Q
+        sf_next, ef_next, df_next, totalf_next, startf_next = load_sums(p_row, o_other, PADDED, Q, False)
     for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         i_h = i_first + i_head
         i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
-        p_row = rows + (i_b.to(tl.int64) * H + i_h) * SETS * 2 * CHUNKS * K + i_c * K
-        s, e, total = sums(p_row, i_half * Q, Q, HALVES == 1)
-        delta = tl.load(p_row + CHUNKS * K + i_half * Q + r)
-        f, b = reading(s, e, SHIFT)
-        e_back = e
-        total_back = total
-        delta_back = delta
+        s, e, total = local(s_next, e_next, total_next, start_next, o_near, HALVES == 1)
+        delta = d_next
+        if HALVES == 2:
+            s_far, e_far, total_far = local(sf_next, ef_next, totalf_next, startf_next, o_other, False)
+            d_far = df_next
         if UNTIED:
-            s_back, e_back, total_back = sums(p_row + 2 * CHUNKS * K, i_half * Q, Q, HALVES == 1)
-            delta_back = tl.load(p_row + 3 * CHUNKS * K + i_half * Q + r)
+            s_back, e_back, d_back, total_back, start_back = load_sums(p_row + 2 * PADDED, o_near, PADDED, Q, HALVES == 1)
+        p_row += tl.where(i_head + 1 < HEADS, HEAD_ROWS, 0)
+        s_next, e_next, d_next, total_next, start_next = load_sums(p_row, o_near, PADDED, Q, HALVES == 1)
+        if HALVES == 2:
+            sf_next, ef_next, df_next, totalf_next, startf_next = load_sums(p_row, o_other, PADDED, Q, False)
+        f, b = reading(s, e, SHIFT)
+        if UNTIED:
+            s_back, e_back, total_back = local(s_back, e_back, total_back, start_back, o_near, HALVES == 1)
+            delta_back = d_back
             _, b = reading(s_back, e_back, SHIFT)
+        else:
+            e_back = e
+            total_back = total
+            delta_back = delta
         w_left = tl.exp2(f)
         w_right = tl.exp2(total_back - b)
         if HAS_SEQ:
@@ -132,9 +150,8 @@ def output_kernel(
         b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
         if HALVES == 2:
             # The first half moves the right state leftward over the second, the second the left one rightward over the first
-            s_far, e_far, total_far = sums(p_row, (1 - i_half) * Q, Q, False)
             w_far = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far))
-            w_far *= tl.load(p_row + CHUNKS * K + (1 - i_half) * Q + r)
+            w_far *= d_far
             cross = tl.exp2(total_far)
             if HAS_SEQ:
                 w_far = tl.where(m_far, w_far, 0.0)

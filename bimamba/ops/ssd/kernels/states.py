@@ -209,7 +209,7 @@ def chunk_states(
     right edge): states fp32 `(b, h, p, n)` to start from, and tensors that receive what arrives in the end.
     """
     b, l, h, p = x.shape
-    states = torch.empty(problem.states_shape(config), dtype=x.dtype, device=x.device)
+    states = torch.empty(problem.states_shape(config.chunk), dtype=x.dtype, device=x.device)
     blocks = (problem.p2 // config.block_p) * (problem.n2 // config.states_block_n)
     programs = b * h * problem.directions * blocks * (1 if config.walk else problem.chunks(config))
     tma = config.tma and not problem.untied  # a descriptor cannot be chosen by direction outside the loop
