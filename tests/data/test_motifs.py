@@ -18,7 +18,7 @@ def test_sizes_and_balance(records):
     assert {k: len(v) for k, v in records.splits.items()} == {"train": 4000, "val": 100, "test": 1000}
     for rows in records.splits.values():
         assert records.labels[rows].mean() == 0.5
-    assert records.inputs.lengths.min() >= 224 and records.inputs.lengths.max() == 256
+    assert records.inputs.lengths.min() >= 176 and records.inputs.lengths.max() == 192
     assert set(records.inputs.data.tolist()) == set(b"ACGT")
 
 
@@ -119,8 +119,8 @@ def test_through_the_datamodule():
 
 
 def test_options_out_of_range():
-    with stops("length - length_jitter of at least 209", "got 200 - 32"):
-        Motifs(length=200)
+    with stops("length - length_jitter of at least 169", "got 180 - 16"):
+        Motifs(length=180)
     with stops("num_train >= 4", "got 2"):
         Motifs(num_train=2)
     with stops("the motifs are simulated", "expected null"):

@@ -42,7 +42,7 @@ NAMES = ("decoy", "promoter")
 # about 30 bases before the start of transcription, which puts some 16 bases between the two matrices. The other two are
 # chosen; in nature they vary.
 SPACERS = ((8, 16), (8, 16), (12, 20))
-WRONG_SPACERS = ((26, 42), (26, 42), (30, 46))
+WRONG_SPACERS = ((18, 28), (18, 28), (24, 34))
 
 
 class Motifs:
@@ -75,8 +75,8 @@ class Motifs:
         num_train: int = 8000,
         num_val: int = 1000,
         num_test: int = 2000,
-        length: int = 256,
-        length_jitter: int = 32,
+        length: int = 192,
+        length_jitter: int = 16,
         strength: int = 4,
         seed: int = 0,
     ) -> None:
