@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -62,12 +63,10 @@ class WandbLogger(loggers.WandbLogger):
 
 
 def _run_id(save_dir: Path) -> str:
-    import wandb
-
     path = save_dir / "wandb" / "run_id"
     if path.is_file():
         return path.read_text().strip()
-    run_id = wandb.util.generate_id()
+    run_id = secrets.token_hex(4)  # as long as W&B's own
     if rank_zero_only.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(run_id + "\n")

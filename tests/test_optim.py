@@ -1,5 +1,6 @@
 """Decay-free groups, and the values of the schedules."""
 
+import itertools
 import math
 
 import pytest
@@ -59,7 +60,7 @@ def test_cosine_values():
     assert values[:3] == pytest.approx([2 / 3, 4 / 3, 2.0])
     assert values[6] == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 8))))
     assert values[-1] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(values[2:], values[3:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values[2:]))
 
 
 def test_linear_and_constant_values():

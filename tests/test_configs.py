@@ -1,0 +1,196 @@
+"""Every experiment and every option of every group composes and is instantiated; experiments run one step."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+from runs import ROOT, TINY, composed, load, run, train
+
+GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "configs").iterdir() if p.is_dir()}
+EXPERIMENTS = GROUPS["experiment"]
+
+
+def images(folder: Path) -> Path:
+    """A small CIFAR-10 in the Hub's columns."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 60), ("test", 20)):
+        rows = []
+        for i in range(n):
+            path = folder / f"{split}{i}.png"
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+            rows.append({"bytes": path.read_bytes(), "path": path.name})
+            path.unlink()
+        label = pa.array([i % 10 for i in range(n)], pa.int64())
+        pq.write_table(pa.table({"img": rows, "label": label}), folder / f"{split}.parquet")
+    return folder
+
+
+def sequences(n: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return ["".join(rng.choice(list("ACGT"), rng.integers(30, 50))) for _ in range(n)]
+
+
+def table(folder: Path, columns: tuple[str, str], **more) -> Path:
+    for split, n in (("train", 40), ("test", 12)):
+        data = {columns[0]: sequences(n, n), columns[1]: pa.array([i % 2 for i in range(n)], pa.int64())}
+        pq.write_table(
+            pa.table(data | {k: [f(i) for i in range(n)] for k, f in more.items()}), folder / f"{split}.parquet"
+        )
+    return folder
+
+
+def fasta(folder: Path) -> Path:
+    for name, seed in (("decoy", 1), ("promoter", 2)):
+        text = "".join(f">{name}_{i}\n{s}\n" for i, s in enumerate(sequences(25, seed)))
+        with gzip.open(folder / f"{name}.fa.gz", "wt") as file:
+            file.write(text)
+    return folder
+
+
+def image_folder(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir()
+        for i in range(20):
+            Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def csv_file(folder: Path) -> Path:
+    rows = "".join(f"{s},{'yes' if i % 2 else 'no'}\n" for i, s in enumerate(sequences(40)))
+    (folder / "mine.csv").write_text("sequence,label\n" + rows)
+    return folder / "mine.csv"
+
+
+# What each experiment needs besides a small network.
+LOCAL = {
+    "digits": lambda f: [],
+    "motifs": lambda f: ["data.source.num_train=40", "data.source.num_val=20", "data.source.num_test=20"],
+    "cifar10_pixels": lambda f: [f"data.path={images(f)}"],
+    "cifar10_patches": lambda f: [f"data.path={images(f)}"],
+    "promoters": lambda f: [f"data.path={fasta(f)}"],
+    "genomic_benchmark": lambda f: [f"data.path={table(f, ('seq', 'label'))}", "data.task=demo_human_or_worm"],
+    "nucleotide_transformer": lambda f: [
+        f"data.path={table(f, ('sequence', 'label'), name=str, task=lambda i: 'H3K4me3')}",
+        "data.task=H3K4me3",
+    ],
+    "images_folder": lambda f: [f"data.path={image_folder(f)}"],
+    "sequences_csv": lambda f: [f"data.path={csv_file(f)}"],
+}
+
+
+def test_every_experiment_has_a_test():
+    assert set(LOCAL) == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_run_one_step(name, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    options = [f"experiment={name}", *TINY, *LOCAL[name](data), "data.batch_size=8"]
+    metrics = run(tmp_path / "run", *options, "trainer.fast_dev_run=true")
+    assert np.isfinite(metrics["train/loss"]) and np.isfinite(metrics["test/loss"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_are_pure_overrides_of_their_own_size(name, tmp_path):
+    assert (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text().startswith("# @package _global_\n")
+    cfg = composed(tmp_path, f"experiment={name}")
+    assert cfg.task_name == name and cfg.monitor.startswith("val/")
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(g, n) for g in ("task", "trainer", "callbacks", "logger", "debug", "hparams_search") for n in GROUPS[g]],
+)
+def test_every_option_composes(group, name, tmp_path):
+    if (group, name) == ("hparams_search", "optuna"):
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    cfg = composed(tmp_path, f"{group}={name}")
+    plain = train.config.resolved(cfg)
+    if group == "trainer":
+        assert plain["trainer"].keys() == train.config.resolved(composed(tmp_path))["trainer"].keys()
+    if group == "task":
+        assert instantiate(cfg.task).func.__name__ == "SupervisedTask"
+
+
+def test_every_common_key_of_the_trainer_is_there(tmp_path):
+    import inspect
+
+    from lightning.pytorch import Trainer
+
+    given = set(composed(tmp_path).trainer) - {"_target_"}
+    accepted = set(inspect.signature(Trainer.__init__).parameters)
+    assert given <= accepted
+    # train.py supplies these; the rest is for Lightning's own platform
+    assert accepted - given <= {"self", "logger", "callbacks", "enable_autolog_hparams", "model_registry"}
+
+
+def test_trainer_fsdp_and_loggers_are_made(tmp_path):
+    cfg = composed(tmp_path, "trainer=fsdp", "logger=many_loggers")
+    assert instantiate(cfg.trainer.strategy)._state_dict_type == "full"
+    assert [type(logger).__name__ for logger in train.make_loggers(cfg)] == ["CSVLogger", "WandbLogger"]
+    assert train.make_loggers(composed(tmp_path, "logger=none")) is False
+    assert train.make_callbacks(composed(tmp_path, "callbacks=none")) == []
+
+
+def test_tensorboard_says_what_to_install(tmp_path):
+    import importlib.util
+
+    if importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX"):
+        pytest.skip("TensorBoard is installed")
+    with pytest.raises(Exception, match="pip install tensorboard"):
+        train.make_loggers(composed(tmp_path, "logger=tensorboard"))
+
+
+def test_optuna_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(train.config.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install hydra-optuna-sweeper"):
+        train.config.check_plugins(["-m", "hparams_search=optuna"])
+    train.config.check_plugins(["hparams_search=grid"])
+
+
+def test_debug_overfit_learns_its_batches(tmp_path):
+    options = [*TINY, "model/embedding=patches", "model.embedding.patch_size=4", "data.batch_size=16", "seed=0"]
+    metrics = run(tmp_path, "debug=overfit", *options, "trainer.max_epochs=30", "task.optimizer.lr=0.03")
+    assert metrics["train/accuracy"] > 0.8
+    assert "test/accuracy" not in metrics
+
+
+def test_early_stopping_stops(tmp_path):
+    options = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "trainer.max_epochs=20"]
+    options += ["task.optimizer.lr=0.0", "test=false", "model/embedding=patches", "data.batch_size=512"]
+    run(tmp_path, *TINY, *options)
+    assert load(tmp_path / "checkpoints" / "last.ckpt")["epoch"] <= 2
+
+
+def test_softened_arguments():
+    soften = train.config.soften
+    assert soften(["data.batch_size=3"]) == ["data.batch_size=3"]
+    assert soften(["ckpt_path=null", "data.x=3"]) == ["ckpt_path=null", "data.x=3"]
+    given = [
+        "-m",
+        "ckpt_path=a.ckpt",
+        "data.x=3",
+        "seed=1",
+        "trainer=cpu",
+        "+a.b=1",
+        "hydra.run.dir=x",
+        "model/mixer=a",
+    ]
+    assert soften(given)[2:] == ["++data.x=3", "seed=1", "trainer=cpu", "+a.b=1", "hydra.run.dir=x", "model/mixer=a"]
+
+
+def test_no_configuration_evaluates_code_or_runs_commands():
+    text = "".join(p.read_text() for p in (ROOT / "configs").rglob("*.yaml"))
+    for banned in ("${eval", "oc.create", "subprocess", "os.system", "builtins."):
+        assert banned not in text
+    OmegaConf.clear_resolver("run_dir")
+    train.config.register_resolvers()
+    assert OmegaConf.has_resolver("run_dir")
