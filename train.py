@@ -93,7 +93,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
 def make_callbacks(cfg: DictConfig) -> list[Callback]:
     """The callbacks, without those that the trainer's switches, or the lack of a logger, turn off."""
     off = {
-        ModelCheckpoint: not cfg.trainer.enable_checkpointing,
+        ModelCheckpoint: not cfg.trainer.enable_checkpointing or bool(cfg.trainer.fast_dev_run),  # 2.6 leaves last.ckpt
         ProgressBar: not cfg.trainer.enable_progress_bar,
         ModelSummary: not cfg.trainer.enable_model_summary,
         LearningRateMonitor: not config.parts(cfg.logger),

@@ -158,7 +158,7 @@ def test_optuna_says_what_to_install(monkeypatch):
 
 def test_debug_overfit_learns_its_batches(tmp_path):
     options = [*TINY, "model/embedding=patches", "model.embedding.patch_size=4", "data.batch_size=16", "seed=0"]
-    metrics = run(tmp_path, "debug=overfit", *options, "trainer.max_epochs=30", "task.optimizer.lr=0.03")
+    metrics = run(tmp_path, "debug=overfit", *options, "trainer.max_epochs=60", "task.optimizer.lr=0.02")
     assert metrics["train/accuracy"] > 0.8
     assert "test/accuracy" not in metrics
 
