@@ -270,9 +270,7 @@ class _Scan(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(arguments[0])
         grads = iter(
-            torch.ops.bimamba.scan_backward.default(
-                dy, dends, *arguments, *ctx.flags, *saved[TENSORS:], ctx.allow_tf32
-            )
+            torch.ops.bimamba.scan_backward.default(dy, dends, *arguments, *ctx.flags, *saved[TENSORS:], ctx.allow_tf32)
         )
         of_tensors = [next(grads) if t is not None and i != SEQ_IDX else None for i, t in enumerate(arguments)]
         return *of_tensors, *([None] * (len(ctx.flags) + 4))

@@ -64,7 +64,9 @@ def compile_all(target: str, dtype: torch.dtype, flags: dict, config: dict) -> l
         if "cubin" in kernel.asm:
             line |= resources(kernel.asm["cubin"])
         else:
-            line |= {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", kernel.asm["amdgcn"])}
+            line |= {
+                k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", kernel.asm["amdgcn"])
+            }
         seen.append(line)
 
     JITFunction.run = run

@@ -149,6 +149,9 @@ def chunk_of(problem: Problem, saved: bool) -> tuple[int, int]:
     return 128, 2
 
 
+LITTLE = 2**21  # elements of x
+
+
 @functools.lru_cache(maxsize=1024)
 def _rule(problem: Problem, saved: bool, backward: bool) -> Config:
     """Times in us, H100, bf16, b8 l2048 h24 p64 g1 with n = 64 and n = 128, unless said otherwise."""
@@ -159,19 +162,21 @@ def _rule(problem: Problem, saved: bool, backward: bool) -> Config:
     block_n = min(problem.n2, 32 if exact else 128)
     narrow = min(block_n, 64)
     heads = problem.h // problem.g
-    tma = device.has_tma and not exact and _fits_descriptors(problem, block_p, block_n)
+    # Little work is bound by launches: as few as can be, and no descriptors, each of which costs the host 12 us a launch
+    little = problem.b * problem.l * problem.h * problem.p <= LITTLE and problem.l <= 2048
+    tma = device.has_tma and not exact and not little and _fits_descriptors(problem, block_p, block_n)
     roomy = device.shared_memory >= 160 * 1024  # data centre chips; others hold one tile of each kind
     walks = problem.b * problem.h * problem.directions * (problem.p2 // block_p) * (problem.n2 // narrow)
     row_blocks = problem.b * -(-problem.l // (chunk // halves)) * problem.g
-    # grad_bc sums over heads in registers and its parts through memory: as few parts as fill the chip twice
-    parts = -(-2 * device.processors // row_blocks)
+    # grad_bc sums over heads in registers and its parts through memory: 137 in one part (256 programs), 193 in two
+    parts = 1 if little else max(1, 2 * device.processors // row_blocks)
     return Config(
         chunk=chunk,
         halves=halves,
         block_p=block_p,
         block_n=block_n,
         tma=tma,
-        walk=walks >= 2 * device.processors,
+        walk=little or walks >= 2 * device.processors,
         # n 64: 86 with 2 stages and 76 with 3 at chunk 64; 55 and 62 at chunk 128. n 128: blocks of 64 89, of 128 102
         states_block_n=narrow,
         states_stages=1 if exact else 3 if roomy and (chunk == 64 or block_n > 64) else 2,
@@ -211,7 +216,8 @@ def _device(device: torch.device) -> Device:
     if device.type != "cuda":  # the interpreter
         return Device(processors=4, has_tma=False, shared_memory=232448)
     properties = torch.cuda.get_device_properties(device)
-    tma = torch.version.hip is None and properties.major >= 9
+    # Hopper. On Blackwell Triton 3.6 fails to pipeline the walk with descriptors (3.9 does not): pointers serve there
+    tma = torch.version.hip is None and properties.major == 9
     return Device(properties.multi_processor_count, tma, getattr(properties, "shared_memory_per_block_optin", 65536))
 
 

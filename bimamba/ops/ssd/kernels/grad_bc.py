@@ -236,7 +236,9 @@ def grad_bc_kernel(
                 read_2 += tl.sum(b_C.to(tl.float32) * t, 1)
                 acc_C += t
         p_line = lines + ((i_row * SETS + SET) * LINES + 4 + i_n) * CHUNKS * K + i_c * K + i_half * Q + r
-        p_cross = crossing + ((i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h) * 2 * BLOCKS_N + i_n
+        p_cross = (
+            crossing + ((i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h) * 2 * BLOCKS_N + i_n
+        )
         if HALVES == 2 and BOTH:
             forward_line = tl.where(i_half == 0, read_2, read_1)
             backward_line = tl.where(i_half == 0, read_1, read_2)

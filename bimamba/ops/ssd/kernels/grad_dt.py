@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .choose import Config, Problem
 from .common import device_of, softplus
+from .reduce import totals
 
 
 @triton.jit(do_not_specialize=["L", "PADDED", "PARTS", "SLOTS"])
@@ -109,11 +110,13 @@ def grad_dt(
     rows: Tensor,
     lines: Tensor,
     crossing: Tensor,
+    dD: Tensor | None,
     *,
     forward: bool,
     backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ddt `(b, l, h)`, dA `(h)` and d(dt_bias) `(h)` of one set of parameters: of both directions, or of one."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """ddt `(b, l, h)`, dA `(h)` and d(dt_bias) `(h)` of one set of parameters: of both directions, or of one;
+    and dD, summed from its parts in the same launch."""
     b, l, h = dt.shape
     parts = problem.parts(config)
     heads = 8
@@ -150,5 +153,4 @@ def grad_dt(
             HAS_BIAS=bias is not None,
             num_warps=4,
         )
-    dA, dbias = sums.sum(0)
-    return ddt, dA, dbias
+    return ddt, *totals(sums, dD)

@@ -128,7 +128,9 @@ def output_kernel(
             s_far, e_far, total_far = local(sf_next, ef_next, totalf_next, startf_next, o_other, False)
             d_far = df_next
         if UNTIED:
-            s_back, e_back, d_back, total_back, start_back = load_sums(p_row + 2 * PADDED, o_near, PADDED, Q, HALVES == 1)
+            s_back, e_back, d_back, total_back, start_back = load_sums(
+                p_row + 2 * PADDED, o_near, PADDED, Q, HALVES == 1
+            )
         p_row += tl.where(i_head + 1 < HEADS, HEAD_ROWS, 0)
         s_next, e_next, d_next, total_next, start_next = load_sums(p_row, o_near, PADDED, Q, HALVES == 1)
         if HALVES == 2:

@@ -96,29 +96,17 @@ def scan_backward(problem: Problem, t: Inputs, saved: Saved, dy: Tensor, dfinal:
     lines = 4 + 2 * (problem.n2 // config.grad_bc_block_n)
     shape = (problem.b, problem.h, problem.sets, lines, problem.chunks(config) * config.chunk)
     lines = torch.empty(shape, dtype=torch.float32, device=t.x.device)
-    dx, dD = grad_x(
-        problem, config, t.x, dy, *matrices, grad_states, rows, lines, D=t.D, seq_idx=t.seq_idx
-    )
     dB, dC, dB_back, dC_back, crossing = grad_bc(
         problem, config, t.x, dy, *matrices, states, grad_states, rows, lines, seq_idx=t.seq_idx
     )
-    ddt, dA, dbias = grad_dt(
-        problem,
-        config,
-        t.dt[0],
-        t.A[0],
-        t.bias[0],
-        rows,
-        lines,
-        crossing,
-        forward=True,
-        backward=problem.bidirectional and not problem.untied,
-    )
+    del states  # where they were recomputed, dx takes their place
+    dx, dD = grad_x(problem, config, t.x, dy, *matrices, grad_states, rows, lines, D=t.D, seq_idx=t.seq_idx)
+    shared = (rows, lines, crossing)
+    both = problem.bidirectional and not problem.untied
+    ddt, dA, dbias, dD = grad_dt(problem, config, t.dt[0], t.A[0], t.bias[0], *shared, dD, forward=True, backward=both)
     back = (None, None, None)
     if problem.untied:
-        back = grad_dt(
-            problem, config, t.dt[1], t.A[1], t.bias[1], rows, lines, crossing, forward=False, backward=True
-        )
+        back = grad_dt(problem, config, t.dt[1], t.A[1], t.bias[1], *shared, None, forward=False, backward=True)
     return Gradients(
         x=dx,
         dt=(ddt, back[0]),
@@ -126,7 +114,7 @@ def scan_backward(problem: Problem, t: Inputs, saved: Saved, dy: Tensor, dfinal:
         B=(dB, dB_back),
         C=(dC, dC_back),
         bias=(dbias, back[2]),
-        D=None if dD is None else dD.sum(0),
+        D=dD,
         z=dz,
         initial=dinitial,
     )

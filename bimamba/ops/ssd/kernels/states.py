@@ -102,7 +102,7 @@ def states_kernel(
             if own == 1:
                 dt = dt_back
                 A = A_back
-            if HAS_BIAS:
+            if HAS_BIAS:  # not joined: the branch below exists only where there is a bias
                 if own == 1:
                     bias = bias_back
     i_g = i_h // (H // G)
