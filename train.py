@@ -58,7 +58,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
         datamodule.prepare_data()
     datamodule.setup(cfg.stage)
     if cfg.stage != "predict":
-        datamodule.preflight()
+        write_json(output_dir / "preflight.json", datamodule.preflight())
     spec = datamodule.spec
     write_json(output_dir / "spec.json", spec.to_dict())
 
