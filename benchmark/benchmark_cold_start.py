@@ -1,4 +1,5 @@
-"""Seconds of the first forward+backward of a shape, in a fresh process: with an empty compiler cache, then with a full one.
+"""Seconds of the first forward+backward of a shape, in a fresh process: with an empty compiler cache, then with a
+full one.
 
 python benchmark/benchmark_cold_start.py
 python benchmark/benchmark_cold_start.py --device cpu      # the PyTorch path: nothing to compile

@@ -1,4 +1,5 @@
-"""What the GPU benchmarks share: problems, the scans that are compared, clocks, and the table / CSV / plot of a result."""
+"""What the GPU benchmarks share: problems, the scans that are compared, clocks, and the table / CSV / plot of a
+result."""
 
 from __future__ import annotations
 
@@ -117,7 +118,8 @@ def step(run: Callable, t: dict, backward: bool) -> Callable:
 
 
 def milliseconds(f: Callable, device: str, eager: bool = False) -> float:
-    """Median time. On a GPU: of the replay of a CUDA graph (kernel time), or with `eager` of call and device together."""
+    """Median time. On a GPU: of the replay of a CUDA graph (kernel time), or with `eager` of call and device
+    together."""
     f()
     if device.startswith("cuda") and not eager:
         from triton.testing import do_bench_cudagraph
@@ -157,7 +159,8 @@ def hardware(device: str) -> str:
 
 
 def report(name: str, rows: list[dict], x: str, unit: str, title: str) -> None:
-    """Prints the rows as a table and writes them to results/NAME.csv, with a plot over column `x` to results/NAME.png."""
+    """Prints the rows as a table and writes them to results/NAME.csv, with a plot over column `x` to
+    results/NAME.png."""
     FOLDER.mkdir(exist_ok=True)
     columns = list(rows[0])
     print(f"\n{title}\n" + " | ".join(columns))

@@ -1,4 +1,5 @@
-"""`python -m bimamba.doctor`: what this machine runs, whether it computes the truth, and how fast. Warms the compiler cache.
+"""`python -m bimamba.doctor`: what this machine runs, whether it computes the truth, and how fast. Warms the compiler
+cache.
 
 Prints versions, GPU, the backend that `backend="auto"` takes and why, the errors of outputs and of every gradient
 against float64, and the time of a standard shape against what is expected of this GPU. Exit code 1 if an error is

@@ -121,7 +121,8 @@ TENSORS = 16  # of ARGUMENTS come first
 SEQ_IDX = 13  # the one among them without a gradient
 
 _library = torch.library.Library("bimamba", "DEF")
-# `ends` (directions, b, h, p, n) if final; `states`, `rows` if save; `ungated` if train and z: empty where not asked for
+# `ends` (directions, b, h, p, n) if final; `states`, `rows` if save; `ungated` if train and z: empty where not asked
+# for
 _library.define(
     f"scan({ARGUMENTS}, bool final, bool train, bool save, bool allow_tf32)"
     " -> (Tensor y, Tensor ends, Tensor states, Tensor rows, Tensor ungated)",
@@ -213,7 +214,8 @@ def _scan_backward(dy, dends, *args):
     saved = Saved(*(t if t.numel() else None for t in (states, rows, ungated)))
     dends = None if dends is None else dends.to(torch.float32).contiguous()
     grads = scan_backward(problem, _inputs(*arguments), saved, dy.contiguous(), dends)
-    initial = (None, None) if grads.initial is None else (grads.initial[0], grads.initial[-1])
+    # An operator's outputs must not share memory, as two halves of one buffer would
+    initial = (None, None) if grads.initial is None else (grads.initial[0].clone(), grads.initial[-1].clone())
     ordered = (
         grads.x,
         *(pair[0] for pair in grads[1:5]),
@@ -225,12 +227,7 @@ def _scan_backward(dy, dends, *args):
         *initial,
     )
     present = zip(arguments[:TENSORS], ordered, strict=True)
-    # clone: an operator's outputs must not share memory, and views of one buffer would
-    return [
-        grad.to(t.dtype) if grad.dtype != t.dtype else (grad.clone() if grad._is_view() else grad)
-        for i, (t, grad) in enumerate(present)
-        if t is not None and i != SEQ_IDX
-    ]
+    return [grad.to(t.dtype) for i, (t, grad) in enumerate(present) if t is not None and i != SEQ_IDX]
 
 
 def _scan_backward_fake(dy, dends, *args):

@@ -1,6 +1,7 @@
 """Launch configurations by rule: from shape, dtype and device, never by autotuning.
 
-A rule costs nothing at run time and gives the same bits on every run; autotuning costs the peers 100-160 s at first use.
+A rule costs nothing at run time and gives the same bits on every run; autotuning costs the peers 100-160 s at first
+use.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def chunk_of(problem: Problem, saved: bool) -> tuple[int, int]:
     """Chunk length and halves: all that shapes of saved tensors depend on. Comparisons only, so sizes may be symbolic.
 
     H100, b8 l2048 h24 p64 n64 bf16, us: chunk 64: states 76, output 79, grad_x 139, grad_bc 137; chunk 128 in halves:
-    states 55, output 79, grad_x 162, grad_bc 224. So chunk 128 where no gradient follows, and, for its memory, where the
+    states 55, output 79, grad_x 162, grad_bc 224. So chunk 128 where no gradient follows, and, for its memory, where
+    the
     states are recomputed; chunk 64 where they are saved.
     """
     if "chunk" in _forced or "halves" in _forced:
@@ -162,7 +164,8 @@ def _rule(problem: Problem, saved: bool, backward: bool) -> Config:
     block_n = min(problem.n2, 32 if exact else 128)
     narrow = min(block_n, 64)
     heads = problem.h // problem.g
-    # Little work is bound by launches: as few as can be, and no descriptors, each of which costs the host 12 us a launch
+    # Little work is bound by launches: as few as can be, and no descriptors, each of which costs the host 12 us a
+    # launch
     little = problem.b * problem.l * problem.h * problem.p <= LITTLE and problem.l <= 2048
     tma = device.has_tma and not exact and not little and _fits_descriptors(problem, block_p, block_n)
     roomy = device.shared_memory >= 160 * 1024  # data centre chips; others hold one tile of each kind

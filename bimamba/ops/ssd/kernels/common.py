@@ -17,6 +17,8 @@ Prefixes: `i_` index, `o_` offset, `m_` mask, `p_` pointer. Sizes in capitals ar
     rows    (b, h, sets, 2, chunks * chunk)   fp32: s and delta; delta is 0 in the padding; two sets if untied
 """
 
+# ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
+
 import torch
 import triton
 import triton.language as tl
@@ -179,7 +181,8 @@ def local(s, e, total, start, o_r, WHOLE: tl.constexpr):
 
 @triton.jit
 def sums(p_row, o_r, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    """`s`, `e` and `total` of rows `o_r .. o_r + ROWS` of a chunk, counted from `o_r`; WHOLE: the chunk is ROWS long."""
+    """`s`, `e` and `total` of rows `o_r .. o_r + ROWS` of a chunk, counted from `o_r`; WHOLE: the chunk is ROWS
+    long."""
     r = o_r + tl.arange(0, ROWS)
     s = tl.load(p_row + r)
     e = tl.load(p_row + r - 1, mask=r > 0, other=0.0)
@@ -215,7 +218,8 @@ def leftward(i, j, b_i, e_j, SHIFT: tl.constexpr):
 
 @triton.jit
 def both_ways(f_i, b_i, s_j, e_j):
-    """Rightward decay below the diagonal, leftward above it, with one exp2 and no mask: the exponent that holds is <= 0,
+    """Rightward decay below the diagonal, leftward above it, with one exp2 and no mask: the exponent that holds is <=
+    0,
     the other >= 0. The diagonal is 1 unshifted, and counts twice; shifted it must be masked."""
     return tl.exp2(tl.minimum(f_i - s_j, e_j - b_i))
 

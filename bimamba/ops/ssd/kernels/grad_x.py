@@ -11,6 +11,8 @@ Written per row (`LINES`): 0 what is summed in reverse, inclusively; 1 what is s
 itself takes off, where a sum excludes it; 3 the direct part of d(delta).
 """
 
+# ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
+
 import torch
 import triton
 import triton.language as tl
@@ -131,7 +133,8 @@ def grad_x_kernel(
             w_right = tl.where(m_right, w_right, 0.0)
             w_left = tl.where(m_left, w_left, 0.0)
         if HALVES == 2:
-            # The gradient that comes in over the other half is moved over it first: gF for the first half, gB for the second
+            # The gradient that comes in over the other half is moved over it first: gF for the first half, gB for the
+            # second
             s_far, e_far, total_far = sums(p_row, (1 - i_half) * Q, Q, False)
             w_far = tl.exp2(tl.where(i_half == 0, s_far, total_far - e_far))
             cross = tl.exp2(total_far)
@@ -147,7 +150,8 @@ def grad_x_kernel(
             w_1 = w_right
             w_2 = w_left
 
-        # C B^T, transposed and weighted: m (sources, readers). `m_back` is the part above the diagonal where B, C differ
+        # C B^T, transposed and weighted: m (sources, readers). `m_back` is the part above the diagonal where B, C
+        # differ
         cb = tl.zeros((Q, Q), tl.float32)
         cb_back = tl.zeros((Q, Q), tl.float32)
         for k in range(BLOCKS_N):
@@ -184,7 +188,8 @@ def grad_x_kernel(
                 m = tl.where(ids[None, :] == ids[:, None], m, 0.0)
             m_all = tl.where(i == j, 2.0 * m, m) if BIDIRECTIONAL else m
 
-        # x dy^T, and each pair's weight at its reader (sum over sources) and at its source (sum over readers). All of it
+        # x dy^T, and each pair's weight at its reader (sum over sources) and at its source (sum over readers). All of
+        # it
         # before du, so that the registers of m and w are free again
         xdy = tl.zeros((Q, Q), tl.float32)
         if BLOCKS_P == 1:

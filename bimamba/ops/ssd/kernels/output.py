@@ -1,12 +1,15 @@
 """Stage 2: y, from the states that enter each chunk and the pairs (reader i, source j) inside it.
 
-    y_i = exp(f_i) C_i S_left + exp(total - b_i) C_i S_right + sum_j (decay o C B^T)_ij delta_j x_j + D x_i,  then * SiLU(z_i)
+    y_i = exp(f_i) C_i S_left + exp(total - b_i) C_i S_right + sum_j (decay o C B^T)_ij delta_j x_j + D x_i,  then *
+    SiLU(z_i)
 
 One program owns (batch row, some heads of a group, rows of a chunk[, block of p]); while it works on one head the next
 one's tiles arrive. With `HALVES == 2` its rows are half of a chunk; one
 of the two entering states must then first be moved over the other half, which is one small product and saves half of
 the bytes of the states (H100, b8 l2048 h24 p64 n64 bf16, sketch: 0.127 ms against 0.155 for a whole forward pass).
 """
+
+# ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
 import torch
 import triton
@@ -151,7 +154,8 @@ def output_kernel(
             w_right = tl.where(m_right, w_right, 0.0)
         b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
         if HALVES == 2:
-            # The first half moves the right state leftward over the second, the second the left one rightward over the first
+            # The first half moves the right state leftward over the second, the second the left one rightward over
+            # the first
             w_far = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far))
             w_far *= d_far
             cross = tl.exp2(total_far)
@@ -263,7 +267,8 @@ def scan_output(
     seq_idx: Tensor | None,
     keep_ungated: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`y (b, l, h, p)`, and if it is gated and `keep_ungated` the output before the gate, which the gradient of z needs."""
+    """`y (b, l, h, p)`, and if it is gated and `keep_ungated` the output before the gate, which the gradient of z
+    needs."""
     b, l, h, p = x.shape
     y = torch.empty_like(x)
     ungated = torch.empty_like(x) if keep_ungated and z is not None else None

@@ -1,4 +1,5 @@
-"""Stage 1b: where batch times heads is too small for walks, chunks compute their own states at once, and this passes them.
+"""Stage 1b: where batch times heads is too small for walks, chunks compute their own states at once, and this passes
+them.
 
 `S[c]`, the contribution of chunk c, becomes what enters chunk c: a scan over chunks, elementwise in (p, n), in place.
 Latency bound: narrow programs with many loads in flight.

@@ -1,5 +1,7 @@
 """Sums of partial gradients in a fixed order: no float atomics, so two runs give the same bits."""
 
+# ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
+
 import torch
 import triton
 import triton.language as tl
@@ -101,7 +103,8 @@ def total_kernel(
 
 
 def totals(sums: Tensor, parts_D: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dA `(h)`, d(dt_bias) `(h)` and dD of `sums (rows, 2, h)` and `parts_D (rows, h[, p])`: one launch for all three."""
+    """dA `(h)`, d(dt_bias) `(h)` and dD of `sums (rows, 2, h)` and `parts_D (rows, h[, p])`: one launch for all
+    three."""
     h = sums.shape[2]
     out = [torch.empty(h, dtype=torch.float32, device=sums.device) for _ in range(2)]
     dD = None if parts_D is None else torch.empty(parts_D.shape[1:], dtype=torch.float32, device=sums.device)
