@@ -68,7 +68,8 @@ class Block(nn.Module):
     """`x = x + mixer(norm(x))`, then `x = x + mlp(norm(x))` if there is an MLP.
 
     Args:
-        d_model: width. mixer: makes the mixer from `d_model`; it maps `(b, l, d_model)` to the same, given mask and seq_idx.
+        d_model: width.
+        mixer: makes the mixer from `d_model`; it maps `(b, l, d_model)`, mask and seq_idx to `(b, l, d_model)`.
         mlp: None, "gelu" or "swiglu". mlp_ratio: hidden width over `d_model`.
         drop_path: rate of stochastic depth. layer_scale: first value of the branch's factors, None for none.
         dropout: on the branches, and inside the MLP.
