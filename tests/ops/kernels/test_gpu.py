@@ -1,8 +1,8 @@
 """The kernels on a GPU (`pytest -m gpu`): dtypes, sizes, every launch configuration, long and huge tensors, decays.
 
-Bounds: relative error 4e-3 (bf16), 6e-4 (fp16), 1e-5 (fp32) for outputs and gradients. dA and d(dt_bias) are sums over
-all tokens whose terms have random signs for random cotangents and nearly cancel in some heads: their bound is three
-times as wide (measured on an H100: at most 8.2e-3 in bf16; 2.3e-3 where the cotangents are smooth, see bimamba.doctor).
+Bounds are what the project asks of its kernels: relative error 4e-3 (bf16), 6e-4 (fp16), 1e-5 (fp32) for outputs and
+every gradient. Not all are met yet, and those tests fail. Measured on an H100: dA and d(dt_bias) up to 8.2e-3 in bf16 for
+cotangents of random sign, 4.1e-3 at p = n = 1, a final state 4.2e-5 in fp32 at A dt = -50, the 24-layer stack 2.4e-2.
 """
 
 from __future__ import annotations
@@ -20,24 +20,17 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
 
 
-def assert_within(got: dict, expected: dict, bound: float) -> None:
-    sums = [k for k in got if k.endswith((".A", ".dt_bias"))]
-    assert_close({k: got[k] for k in sums}, {k: expected[k] for k in sums}, 3 * bound)
-    rest = [k for k in got if k not in sums]
-    assert_close({k: got[k] for k in rest}, {k: expected[k] for k in rest}, bound)
-
-
 def exact(arguments: dict) -> dict:
     """`results` in float64 by the chunked PyTorch path, itself proven against the recurrence."""
     double = {k: v.double() for k, v in leaves(arguments).items()}
     return results(ssd_chunked, rebuilt(arguments, double))
 
 
-def check(run, dtype, config=None, slack=1.0, **sizes):
+def check(run, dtype, config=None, **sizes):
     a = problem(**{"b": 2, "l": 300, "h": 16, "g": 2, **sizes}, dtype=dtype, device="cuda", D="h")
     with forced(**(config or {})):
         got = results(run, a)
-    assert_within(got, exact(a), slack * BOUNDS[dtype])
+    assert_close(got, exact(a), BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -60,8 +53,7 @@ def test_forms(run, options, dtype):
 @pytest.mark.parametrize("p, n", [(1, 1), (3, 5), (100, 50), (256, 256)])
 def test_odd_sizes(run, p, n):
     check(run, torch.float32, p=p, n=n, l=65, h=4)
-    # With p = n = 1 no sum averages the roundings: measured 4.1e-3
-    check(run, torch.bfloat16, p=p, n=n, l=65, h=16, slack=1.5)
+    check(run, torch.bfloat16, p=p, n=n, l=65, h=16)
 
 
 CONFIGURATIONS = [
@@ -121,7 +113,7 @@ def test_beyond_two_to_the_31_elements():
     ys = bimamba_chunk_scan_combined(xs, dt[:, w], A, B[:, w], C[:, w], dt_softplus=True, backend="torch")
     (dxs,) = torch.autograd.grad(ys, xs, dy[:, w])
     got, expected = (y[:, w][:, 300:], dx[:, w][:, 300:]), (ys[:, 300:], dxs[:, 300:])
-    assert_close(dict(zip(("y", "dx"), got, strict=True)), dict(zip(("y", "dx"), expected, strict=True)), 8e-3)
+    assert_close(dict(zip(("y", "dx"), got, strict=True)), dict(zip(("y", "dx"), expected, strict=True)), BOUNDS[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -135,9 +127,7 @@ def test_decays(run, a, dtype):
     got, expected = results(run, p), exact(p)
     assert all(v.isfinite().all() for v in got.values())
     names = [k for k in got if k not in ("d forward.A", "d forward.dt")]  # these vanish against their terms at -50
-    # Exponents are differences of sums of up to 32 a: at -50 they keep 2e-4, which only near-empty decays show
-    bound = max(BOUNDS[dtype], 1e-4 if a <= -5 else 0.0)
-    assert_close({k: got[k] for k in names}, {k: expected[k] for k in names}, bound)
+    assert_close({k: got[k] for k in names}, {k: expected[k] for k in names}, BOUNDS[dtype])
 
 
 def test_two_runs_give_the_same_bits(run):
@@ -197,4 +187,4 @@ def test_stack_of_24_layers():
         leaf = x.clone().requires_grad_()
         (gradient[dtype],) = torch.autograd.grad(stack(leaf, dtype).square().mean(), leaf)
     assert gradient[torch.bfloat16].isfinite().all()
-    assert_close({"dx": gradient[torch.bfloat16]}, {"dx": gradient[torch.float32]}, 0.04)  # measured 0.024
+    assert_close({"dx": gradient[torch.bfloat16]}, {"dx": gradient[torch.float32]}, BOUNDS[torch.bfloat16])
