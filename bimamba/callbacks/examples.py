@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bimamba import plots
-from bimamba.callbacks.figures import save_figure, save_table
+from bimamba.figures import denormalise, save_figure, save_table
 from bimamba.predictions import decide
 from bimamba.spec import DataSpec
 
@@ -93,7 +93,7 @@ class ExamplePredictions(Callback):
         predicted = decide(spec, torch.stack([r["probabilities"] for r in rows]).numpy())
         truth = [_label_text(spec, r["label"].numpy()) for r in rows]
         if spec.kind == "image":
-            images = np.stack([_denormalise(spec, r["input"]) for r in rows])
+            images = np.stack([denormalise(spec, r["input"]) for r in rows])
             captions = [f"{p.text} {p.score}\n({t})" for p, t in zip(predicted, truth, strict=True)]
             wrong = [p.text != t for p, t in zip(predicted, truth, strict=True)]
             if spec.problem == "regression":
@@ -123,13 +123,6 @@ def _label_text(spec: DataSpec, label: np.ndarray) -> str:
     if spec.problem == "multilabel":
         return ", ".join(n for n, v in zip(spec.class_names, label, strict=True) if v > 0.5) or "none"
     return spec.class_names[int(label)]
-
-
-def _denormalise(spec: DataSpec, image: torch.Tensor) -> np.ndarray:
-    """Normalised `(c, height, width)` to `(height, width, c)` in [0, 1]."""
-    if spec.mean is not None and spec.std is not None:
-        image = image.float() * torch.tensor(spec.std)[:, None, None] + torch.tensor(spec.mean)[:, None, None]
-    return image.float().clamp(0, 1).permute(1, 2, 0).numpy()
 
 
 def _text(spec: DataSpec, row: dict[str, Any]) -> str:

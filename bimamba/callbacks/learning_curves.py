@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bimamba import plots
-from bimamba.callbacks.figures import save_figure
+from bimamba.figures import save_figure
 
 
 class LearningCurves(Callback):

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bimamba import plots
-from bimamba.callbacks.figures import save_figure
+from bimamba.figures import save_figure
 from bimamba.predictions import class_probabilities, predicted_class, prediction_table, write_predictions
 from bimamba.spec import DataSpec
 
