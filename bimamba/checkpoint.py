@@ -17,7 +17,14 @@ from bimamba.spec import DataSpec
 
 # Where a configuration that came with a checkpoint may take its classes and functions from.
 TRUSTED = (
-    "bimamba.",
+    # by room: what lies outside of them (bimamba.config.save, for one) writes files
+    "bimamba.callbacks.",
+    "bimamba.data.",
+    "bimamba.loggers.",
+    "bimamba.models.",
+    "bimamba.nn.",
+    "bimamba.optim.",
+    "bimamba.tasks.",
     "torch.optim.",
     "torchmetrics.",
     "lightning.pytorch.callbacks.",
@@ -27,11 +34,17 @@ TRUSTED = (
     "lightning.pytorch.strategies.",
     "lightning.pytorch.trainer.trainer.Trainer",
 )
+# Elsewhere only classes may be called: a function of a room may do more than make an object.
+FUNCTIONS = ("bimamba.loggers.", "bimamba.optim.")
 _ALIASES = {"lightning.pytorch.Trainer": "lightning.pytorch.trainer.trainer.Trainer"}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, key: str = "ckpt_path") -> dict[str, Any]:
     """Load a checkpoint of this project on the CPU, under `weights_only=True`: a file cannot run code.
+
+    Args:
+        path: the file.
+        key: the option that named it, for messages.
 
     Returns:
         The checkpoint's dict; `state_dict`, `spec` and `recipe` are there.
@@ -45,22 +58,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         hint = f"; there is {', '.join(map(str, near))}" if near else ""
         what = "a folder" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"ckpt_path: expected a checkpoint file, got {path} ({what}){hint}")
+        raise FileNotFoundError(f"{key}: expected a checkpoint file, got {path} ({what}){hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
-            f"ckpt_path: {path} is no checkpoint that can be loaded safely: it is damaged or holds more than weights "
+            f"{key}: {path} is no checkpoint that can be loaded safely: it is damaged or holds more than weights "
             f"and plain values, which could run code ({reason})"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"ckpt_path: {path} is damaged or no checkpoint ({reason})") from error
+        raise ValueError(f"{key}: {path} is damaged or no checkpoint ({reason})") from error
     keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
-    missing = [key for key in ("state_dict", "spec", "recipe") if key not in keys]
+    missing = [name for name in ("state_dict", "spec", "recipe") if name not in keys]
     if missing:
-        raise ValueError(f"ckpt_path: {path} was not written by this project's train.py: it lacks {', '.join(missing)}")
+        raise ValueError(f"{key}: {path} was not written by this project's train.py: it lacks {', '.join(missing)}")
     return checkpoint
 
 
@@ -90,7 +103,7 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     module.load_state_dict(given)
 
 
-def check_targets(config: Any, extra: Sequence[str] = (), where: str = "") -> None:
+def check_targets(config: Any, extra: Sequence[str] = (), where: str = "", trusted: tuple[str, ...] = TRUSTED) -> None:
     """Refuse a configuration whose `_target_`s lead out of the trusted modules.
 
     A prefix alone proves nothing (`bimamba.checkpoint.pickle.loads` begins well): the object found must itself be
@@ -100,6 +113,7 @@ def check_targets(config: Any, extra: Sequence[str] = (), where: str = "") -> No
         config: plain containers.
         extra: further module names that the user trusts.
         where: key of `config` in the whole, for messages.
+        trusted: beginnings of the names that are allowed.
 
     Raises:
         ValueError: a target that is not allowed, with its key.
@@ -108,34 +122,36 @@ def check_targets(config: Any, extra: Sequence[str] = (), where: str = "") -> No
         for key, value in config.items():
             here = f"{where}.{key}" if where else str(key)
             if key == "_target_":
-                _check_target(value, extra, here)
+                _check_target(value, extra, here, trusted)
             else:
-                check_targets(value, extra, here)
+                check_targets(value, extra, here, trusted)
     elif isinstance(config, list | tuple):
         for i, value in enumerate(config):
-            check_targets(value, extra, f"{where}[{i}]")
+            check_targets(value, extra, f"{where}[{i}]", trusted)
     elif isinstance(config, str) and has_resolver(config):
         # A resolver could read the environment of whoever loads the checkpoint.
         raise ValueError(f"{where}: the checkpoint's configuration holds a resolver, {config!r}, which is not trusted")
 
 
-def _check_target(target: Any, extra: Sequence[str], where: str) -> None:
-    def trusted(name: str) -> bool:
-        return name.startswith(TRUSTED) or any(name == m or name.startswith(f"{m}.") for m in extra)
+def _check_target(target: Any, extra: Sequence[str], where: str, trusted: tuple[str, ...]) -> None:
+    def allowed(name: str) -> bool:
+        return name.startswith(trusted) or any(name == m or name.startswith(f"{m}.") for m in extra)
 
     refusal = (
         f"{where}: the checkpoint's configuration wants to call {target!r}, which is outside the trusted modules. If "
         "you wrote it, add its module to extras.trusted_modules=[...]"
     )
-    if not isinstance(target, str) or not trusted(_ALIASES.get(target, target)):
+    if not isinstance(target, str) or not allowed(_ALIASES.get(target, target)):
         raise ValueError(refusal)
-    found = _locate(target)
+    found = locate(target)
     home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-    if not callable(found) or not trusted(home):
+    if not callable(found) or not allowed(home):
+        raise ValueError(refusal)
+    if not isinstance(found, type) and home.startswith("bimamba.") and not home.startswith(FUNCTIONS):
         raise ValueError(refusal)
 
 
-def _locate(dotted: str) -> Any:
+def locate(dotted: str) -> Any:
     """The object at a dotted path, or None; imports modules of the path that are modules of a trusted package."""
     parts = dotted.split(".")
     for cut in range(len(parts) - 1, 0, -1):

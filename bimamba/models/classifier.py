@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bimamba.finetune import frozen_parts, load_pretrained
+from bimamba.hub import HubModel
 from bimamba.nn import BiMamba2, Block, MeanPooling, NucleotideEmbedding, PatchEmbedding
 from bimamba.spec import DataSpec
 
@@ -69,17 +72,26 @@ class Head(nn.Module):
         return self.proj(self.dropout(x))
 
 
-class Classifier(nn.Module):
+# How a training began is not what the model is.
+_NOT_SAVED = ("pretrained", "freeze")
+
+
+class Classifier(nn.Module, HubModel):
     """Classifies images or sequences; also multilabel and regression, by the spec's `num_outputs`.
 
     Args:
         spec: what the data is; decides the input's size, the vocabulary and the number of outputs.
         embedding: makes the embedding from `(spec, d_model)`; default patches for images, nucleotides for sequences.
         pooling: makes the pooling from `d_model`. head_dropout: before the last layer.
+        pretrained: folder, repository of the Hub or checkpoint to start from, see `bimamba.finetune.load_pretrained`.
+        freeze: what does not learn, see `bimamba.finetune.frozen_parts`; it stays in evaluation mode, too.
         The others are the `Backbone`'s.
 
+    `save_pretrained`, `from_pretrained`, `push_to_hub`: see `bimamba.hub.HubModel`.
+
     Raises:
-        ValueError: sizes that do not fit each other or the data.
+        ValueError: sizes that do not fit each other or the data, or a pretrained model that does not fit.
+        FileNotFoundError: no such pretrained model.
 
     Example:
         >>> spec = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACGTN", max_length=100)
@@ -102,17 +114,30 @@ class Classifier(nn.Module):
         dropout: float = 0.0,
         head_dropout: float = 0.0,
         checkpoint_blocks: bool = False,
+        pretrained: str | Path | None = None,
+        freeze: str | int | None = None,
     ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__", "spec", *_NOT_SAVED)}
         super().__init__()
-        self.spec = spec
+        self.spec, self.arguments = spec, arguments
         if embedding is None:
-            embedding = PatchEmbedding if spec.kind == "image" else NucleotideEmbedding
+            embedding = arguments["embedding"] = PatchEmbedding if spec.kind == "image" else NucleotideEmbedding
         self.embedding = embedding(spec, d_model)
         self.pooling = pooling(d_model)
         self.backbone = Backbone(
             d_model, depth, mixer, mlp, mlp_ratio, drop_path, layer_scale, dropout, checkpoint_blocks
         )
         self.head = Head(d_model, spec.num_outputs, head_dropout)
+        if pretrained is not None:
+            load_pretrained(self, pretrained)
+        self.frozen = frozen_parts(self, freeze)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As of every module, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """

@@ -1,0 +1,75 @@
+"""`save_pretrained`, `from_pretrained` and `push_to_hub`, as users of the Hugging Face Hub know them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelHubMixin
+from safetensors.torch import save_file
+
+from bimamba.checkpoint import load_weights
+from bimamba.model_card import model_card
+from bimamba.pretrained import WEIGHTS, describe, find_folder, parts, read_folder, write_config
+
+
+class HubModel(ModelHubMixin, library_name="bimamba"):
+    """What makes a module with `spec` and `arguments` one of the Hub. Mixed into `bimamba.models.Classifier`.
+
+    From `ModelHubMixin`: `save_pretrained(folder, model_card_kwargs=…)`, which writes `config.json`,
+    `model.safetensors` and, where there is none, `README.md`; and `push_to_hub(repo_id)`. `model_card_kwargs` are the
+    arguments of `bimamba.model_card.model_card`.
+    """
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_config(save_directory, self.spec, describe(self.arguments))
+        # Each tensor by itself: safetensors refuses views, and shared storage.
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        whole = save_directory / f"{WEIGHTS}.part"
+        save_file(state, whole, metadata={"format": "pt"})
+        os.replace(whole, save_directory / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        trusted_modules: Sequence[str] = (),
+    ) -> HubModel:
+        """The model of a folder or of a repository of the Hub, on the CPU and in evaluation mode. Runs no code of it.
+
+        Args:
+            pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or `user/model`.
+            force_download, token, cache_dir, local_files_only, revision: as of `huggingface_hub.snapshot_download`.
+            trusted_modules: modules besides `bimamba.nn` and `bimamba.models` that its parts may come from.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or one of its files is missing.
+            ValueError: a damaged file, a part that is not trusted, or weights that do not fit the configuration.
+        """
+        folder = find_folder(
+            pretrained_model_name_or_path,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
+        given = read_folder(folder, trusted_modules)
+        try:
+            model = cls(given.spec, **parts(given.model))
+        except (TypeError, AttributeError) as error:  # arguments that this version does not know, or of a wrong type
+            raise ValueError(f"{folder}: its configuration describes no model of this version ({error})") from error
+        load_weights(model, {"state_dict": given.state})
+        return model.eval()
+
+    def generate_model_card(self, **facts: Any) -> ModelCard:
+        """The text of README.md; `facts` as of `bimamba.model_card.model_card`."""
+        return model_card(self, **facts)
