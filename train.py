@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from bimamba import config
 from bimamba.checkpoint import checkpoint_spec, load_weights, read_checkpoint
+from bimamba.export import export
 from bimamba.loggers import finish_wandb
 
 config.register_resolvers()
@@ -51,6 +52,9 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     if cfg.seed is not None:  # 0 is a seed
         seed_everything(cfg.seed, workers=True)
 
+    if checkpoint and cfg.stage == "export":
+        export(cfg, checkpoint)
+        return {}
     datamodule: LightningDataModule = instantiate(cfg.data)
     if checkpoint:
         datamodule.expect(checkpoint_spec(checkpoint))
@@ -62,7 +66,8 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     spec = datamodule.spec
     write_json(output_dir / "spec.json", spec.to_dict())
 
-    net = instantiate(cfg.model)(spec=spec)
+    # A checkpoint brings all weights: what its training started from is not needed any more.
+    net = instantiate(cfg.model)(spec=spec, **({"pretrained": None} if checkpoint else {}))
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
     task = instantiate(cfg.task)(net=net, spec=spec, checkpoint_extras=saved)
     if checkpoint:
