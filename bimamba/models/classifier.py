@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from bimamba.finetune import frozen_parts, load_pretrained
 from bimamba.hub import HubModel
 from bimamba.nn import BiMamba2, Block, MeanPooling, NucleotideEmbedding, PatchEmbedding
+from bimamba.packing import Packing, packing_of
 from bimamba.spec import DataSpec
 
 
@@ -139,28 +140,48 @@ class Classifier(nn.Module, HubModel):
             module.eval()
         return self
 
-    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        bounds: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:
         """
         Args:
             inputs: images `(b, c, height, width)` or token ids `(b, l)`.
             mask: `(b, l)` bool, True for real tokens, padding at the end; None: no padding.
+            seq_idx: `(b, l)` ints that do not decrease along a row: n sequences packed into b rows.
+            bounds, order: what else a `bimamba.packing.Packing` says; without them they are computed from `seq_idx`
+                (waiting for the device) and the sequences come in the order of the rows.
 
         Returns:
-            `(b, num_outputs)`.
+            `(b, num_outputs)`; packed: `(n, num_outputs)`.
 
         Raises:
             ValueError: inputs of another shape than the spec's.
         """
-        return self.head(self.features(inputs, mask))
+        return self.head(self.features(inputs, mask, seq_idx, bounds, order))
 
-    def features(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The pooled vector before the head, `(b, d_model)`."""
-        self._check(inputs, mask)
-        x = self.embedding(inputs, mask)
-        x, mask = self.pooling.insert(x, mask)
-        return self.pooling(self.backbone(x, mask), mask)
+    def features(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        bounds: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:
+        """The pooled vector before the head, `(b, d_model)`; packed: `(n, d_model)`."""
+        self._check(inputs, mask, seq_idx)
+        if seq_idx is None:
+            x, mask, _ = self.pooling.insert(self.embedding(inputs, mask), mask)
+            return self.pooling(self.backbone(x, mask), mask)
+        packing = packing_of(seq_idx, mask) if order is None else Packing(seq_idx, bounds, order)
+        x, mask, packing = self.pooling.insert(self.embedding(inputs, mask, packing), mask, packing)
+        return self.pooling(self.backbone(x, mask, packing.seq_idx), mask, packing)
 
-    def _check(self, inputs: Tensor, mask: Tensor | None) -> None:
+    def _check(self, inputs: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:
         spec = self.spec
         if spec.kind == "image":
             expected = (spec.channels, spec.height, spec.width)
@@ -168,5 +189,8 @@ class Classifier(nn.Module, HubModel):
                 raise ValueError(f"inputs: expected (b, {', '.join(map(str, expected))}), got {tuple(inputs.shape)}")
         elif inputs.dim() != 2:
             raise ValueError(f"inputs: expected token ids (b, l), got {tuple(inputs.shape)}")
-        if mask is not None and tuple(mask.shape) != tuple(inputs.shape[:2]):
-            raise ValueError(f"mask: expected {tuple(inputs.shape[:2])}, got {tuple(mask.shape)}")
+        if seq_idx is not None and spec.kind == "image":
+            raise ValueError("seq_idx: expected none with images, which are not packed")
+        for name, value in (("mask", mask), ("seq_idx", seq_idx)):
+            if value is not None and tuple(value.shape) != tuple(inputs.shape[:2]):
+                raise ValueError(f"{name}: expected {tuple(inputs.shape[:2])}, got {tuple(value.shape)}")

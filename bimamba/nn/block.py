@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the residual branch of samples in training (Huang et al. 2016, arXiv:1603.09382)."""
+    """Stochastic depth: drops the residual branch of samples in training (Huang et al. 2016, arXiv:1603.09382).
+
+    The sequences of a packed row (`seq_idx`) are drawn by themselves.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -18,10 +21,13 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_path: expected a rate in [0, 1), got {rate}")
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         if not self.training or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
+        if seq_idx is not None:
+            drawn = x.new_empty(x.shape[:2]).bernoulli_(keep).div_(keep)
+            return x * drawn.gather(1, seq_idx.long())[..., None]
         return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
@@ -98,7 +104,7 @@ class Block(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(self.scale1(self.dropout(self.mixer(self.norm1(x), mask, seq_idx))))
+        x = x + self.drop_path(self.scale1(self.dropout(self.mixer(self.norm1(x), mask, seq_idx))), seq_idx)
         if self.mlp is not None:
-            x = x + self.drop_path(self.scale2(self.dropout(self.mlp(self.norm2(x)))))
+            x = x + self.drop_path(self.scale2(self.dropout(self.mlp(self.norm2(x)))), seq_idx)
         return x

@@ -1,6 +1,7 @@
 """From a batch's inputs to tokens: pixels, patches or nucleotides, with positions.
 
-An embedding is made from a `DataSpec` and a width, and maps `(inputs, mask)` to `tokens (b, l, d_model)`.
+An embedding is made from a `DataSpec` and a width, and maps `(inputs, mask)` to `tokens (b, l, d_model)`; those of
+sequences also take a `Packing`, whose positions begin anew with each sequence.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bimamba.packing import Packing, positions
 from bimamba.spec import DataSpec
 
 POSITIONS = ("learned", "sinusoidal", "none")
@@ -31,23 +34,27 @@ class Positions(nn.Module):
             self.table = nn.Parameter(torch.empty(max_length, d_model).normal_(std=0.02))
             self.table._no_weight_decay = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         if self.kind == "none":
             return x
         l = x.shape[1]
+        position = torch.arange(l, device=x.device) if packing is None else positions(packing)
         if self.kind == "sinusoidal":
-            return x + sinusoids(l, self.d_model, x.device).to(x.dtype)
+            return x + sinusoids(position, self.d_model).to(x.dtype)
+        if packing is not None:  # whoever packs has cut the sequences to max_length; looking would wait for the device
+            return x + F.embedding(position, self.table)
         if l > self.max_length:
             raise ValueError(f"positions: learned for {self.max_length} tokens, got a sequence of {l}")
         return x + self.table[:l]
 
 
-def sinusoids(l: int, d: int, device: torch.device | None = None) -> Tensor:
-    """`(l, d)`: sines in the first half of the channels, cosines in the second, wavelengths from 2 pi to 2 pi 10^4."""
+def sinusoids(position: Tensor, d: int) -> Tensor:
+    """`(..., d)` of integer positions `(...)`: sines in the first half of the channels, cosines in the second,
+    wavelengths from 2 pi to 2 pi 10^4."""
     half = d // 2
-    rate = torch.exp(torch.arange(half, device=device) * (-math.log(1e4) / max(half - 1, 1)))
-    angle = torch.arange(l, device=device)[:, None] * rate
-    return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(l, d - 2 * half)], dim=1)
+    rate = torch.exp(torch.arange(half, device=position.device) * (-math.log(1e4) / max(half - 1, 1)))
+    angle = position[..., None] * rate
+    return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(*position.shape, d - 2 * half)], dim=-1)
 
 
 def _expect_kind(spec: DataSpec, kind: str, embedding: str) -> None:
@@ -99,5 +106,5 @@ class NucleotideEmbedding(nn.Module):
         self.embed = nn.Embedding(spec.num_tokens, d_model, padding_idx=0)
         self.positions = Positions(positions, d_model, spec.max_length)
 
-    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.positions(self.embed(inputs))
+    def forward(self, inputs: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        return self.positions(self.embed(inputs), packing)

@@ -126,6 +126,11 @@ class _Mamba2(nn.Module):
             raise ValueError(f"u: expected (b, l, d_model) with d_model = {self.d_model}, got {tuple(u.shape)}")
         if mask is not None and mask.shape != u.shape[:2]:
             raise ValueError(f"mask: expected shape (b, l) = {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
+        if seq_idx is not None and self.init_states is not None:
+            raise ValueError(
+                "learnable_init_states: a packed row has one first and one last token, which are not those of each "
+                "sequence; expected learnable_init_states=false with packing"
+            )
         projected = self.in_proj(u)
         if self.use_mem_eff_path and torch.is_grad_enabled():
             # keeps the projection alone and recomputes convolution, scan, norm and output projection in backward

@@ -1,12 +1,16 @@
 """From tokens to one vector a sequence, padding excluded.
 
-A pooling has two steps: `insert` may add tokens before the first block, `forward` pools after the last one.
+A pooling has two steps: `insert` may add tokens before the first block, `forward` pools after the last one. In a packed
+batch (`bimamba.packing`) both serve each sequence of a row by itself, with matrix products over `(slots, l)` instead of
+scattered sums: those add in another order at each run on a GPU.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from bimamba.packing import Packing, members, pick
 
 
 class Pooling(nn.Module):
@@ -16,15 +20,20 @@ class Pooling(nn.Module):
         super().__init__()
         self.d_model = d_model
 
-    def insert(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x: `(b, l, d)`, mask: `(b, l)` bool or None, both maybe with more tokens."""
-        return x, mask
+    def insert(
+        self, x: Tensor, mask: Tensor | None, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor | None, Packing | None]:
+        """x: `(b, l, d)`, mask: `(b, l)` bool or None, packing or None; all of them maybe with more tokens."""
+        return x, mask, packing
 
 
 class MeanPooling(Pooling):
-    """The mean of the real tokens: `(b, l, d)` to `(b, d)`."""
+    """The mean of the real tokens: `(b, l, d)` to `(b, d)`; packed to `(n, d)`."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        if packing is not None:
+            keep = members(packing)
+            return pick(_mix(keep, x, keep) / keep.sum(-1, keepdim=True).clamp(min=1), packing)
         if mask is None:
             return x.mean(dim=1)
         keep = mask[..., None].to(x.dtype)
@@ -34,8 +43,13 @@ class MeanPooling(Pooling):
 class MaxPooling(Pooling):
     """The largest value of each channel among the real tokens."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return (x if mask is None else x.masked_fill(~mask[..., None], -torch.inf)).amax(dim=1)
+    def forward(self, x: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        if packing is None:
+            return (x if mask is None else x.masked_fill(~mask[..., None], -torch.inf)).amax(dim=1)
+        x = x.masked_fill(~members(packing).any(1)[..., None], -torch.inf)
+        largest = x.new_full((x.shape[0], packing.bounds.shape[1] - 1, x.shape[2]), -torch.inf)
+        index = packing.seq_idx.long()[..., None].expand_as(x)
+        return pick(largest.scatter_reduce(1, index, x, "amax"), packing)
 
 
 class AttentionPooling(Pooling):
@@ -45,8 +59,13 @@ class AttentionPooling(Pooling):
         super().__init__(d_model)
         self.score = nn.Sequential(nn.Linear(d_model, d_model), nn.Tanh(), nn.Linear(d_model, 1))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         score = self.score(x)
+        if packing is not None:
+            keep = members(packing)
+            # the least number, not -inf: a slot without a sequence has no token, and must not become NaN
+            score = score.mT.expand(keep.shape).masked_fill(~keep, torch.finfo(score.dtype).min)
+            return pick(_mix(score.softmax(dim=-1), x, keep), packing)
         if mask is not None:
             score = score.masked_fill(~mask[..., None], -torch.inf)
             x = torch.where(mask[..., None], x, 0.0)
@@ -54,7 +73,7 @@ class AttentionPooling(Pooling):
 
 
 class ClassTokenPooling(Pooling):
-    """A learned token in the middle of the real ones, read after the last block.
+    """A learned token in the middle of the real ones, read after the last block; packed: in each sequence's middle.
 
     In the middle both directions have seen half of the sequence when they reach it (Zhu et al. 2024, arXiv:2401.09417).
     """
@@ -64,7 +83,11 @@ class ClassTokenPooling(Pooling):
         self.token = nn.Parameter(torch.empty(d_model).normal_(std=0.02))
         self.token._no_weight_decay = True
 
-    def insert(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def insert(
+        self, x: Tensor, mask: Tensor | None, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor | None, Packing | None]:
+        if packing is not None:
+            return self._insert_packed(x, packing)
         middle = self._middle(x.shape[1], mask, x)
         position = torch.arange(x.shape[1] + 1, device=x.device)
         # token i of the longer sequence comes from i before the middle, from i - 1 behind it
@@ -73,9 +96,28 @@ class ClassTokenPooling(Pooling):
         x = torch.where((position == middle)[..., None], self.token.to(x.dtype), x)
         if mask is not None:
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)  # padding is at the end: one real token more
-        return x, mask
+        return x, mask, None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def _insert_packed(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Packing]:
+        """Each sequence is one longer, a row by as many tokens as the fullest row has sequences."""
+        slots = packing.bounds.shape[1] - 1
+        real = packing.bounds.diff(dim=1) > 0
+        added = torch.cat([torch.zeros_like(real[:, :1]), real], dim=1).cumsum(1)  # tokens put in before each bound
+        bounds = packing.bounds + added
+        position = torch.arange(x.shape[1] + slots, device=x.device)
+        number = (position >= bounds[:, 1:, None]).sum(1)
+        number = torch.minimum(number, added[:, -1:] - 1)  # padding carries the last sequence's
+        packing = Packing(number.int(), bounds, packing.order)
+        middle = self._middles(packing).gather(1, number)
+        source = position - number - (position > middle).long()
+        x = x.gather(1, source.clamp(max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2]))
+        x = torch.where((position == middle)[..., None], self.token.to(x.dtype), x)
+        return x, position < bounds[:, -1:], packing
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        if packing is not None:
+            middles = self._middles(packing).clamp(max=x.shape[1] - 1)  # of a slot without a sequence: never read
+            return pick(x.gather(1, middles[..., None].expand(-1, -1, x.shape[2])), packing)
         middle = self._middle(x.shape[1] - 1, None if mask is None else mask[:, 1:], x)
         return x.gather(1, middle[..., None].expand(-1, 1, x.shape[2])).squeeze(1)
 
@@ -85,3 +127,16 @@ class ClassTokenPooling(Pooling):
         if mask is None:
             return torch.full((x.shape[0], 1), l // 2, device=x.device)
         return mask.sum(dim=1, keepdim=True) // 2
+
+    @staticmethod
+    def _middles(packing: Packing) -> Tensor:
+        """Place of each sequence's class token in its row, `(rows, slots)`; the packing counts it."""
+        return packing.bounds[:, :-1] + (packing.bounds.diff(dim=1) - 1).clamp(min=0) // 2
+
+
+def _mix(weight: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """`(rows, slots, l)` times `(rows, l, d)`, in float32 at least; what stands at padding does not count."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    real = torch.where(keep.any(1)[..., None], x, 0.0).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return (weight.to(dtype) @ real).to(x.dtype)

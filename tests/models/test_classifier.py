@@ -52,7 +52,7 @@ def test_class_token_stands_in_the_middle_of_the_real_tokens():
     pooling = ClassTokenPooling(2)
     x = torch.arange(10.0).view(1, 5, 2).repeat(2, 1, 1)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    longer, longer_mask = pooling.insert(x, mask)
+    longer, longer_mask, _ = pooling.insert(x, mask)
     assert longer_mask.sum(1).tolist() == [6, 4]
     for row, middle in ((0, 2), (1, 1)):
         torch.testing.assert_close(longer[row, middle], pooling.token.detach())
