@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelHubMixin
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from bimamba.checkpoint import load_weights
 from bimamba.model_card import model_card
@@ -28,7 +28,7 @@ class HubModel(ModelHubMixin, library_name="bimamba"):
         # Each tensor by itself: safetensors refuses views, and shared storage.
         state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
         whole = save_directory / f"{WEIGHTS}.part"
-        save_file(state, whole, metadata={"format": "pt"})
+        whole.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would make it unreadable for others
         os.replace(whole, save_directory / WEIGHTS)
 
     @classmethod

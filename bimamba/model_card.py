@@ -166,7 +166,8 @@ def _cell(value: Any) -> str:
 
 def _results(spec: DataSpec, data: Mapping[str, Any], metrics: Mapping[str, float]) -> list[EvalResult] | None:
     source = data.get("source") or {}
-    dataset = str(source.get("hub") or data.get("task") or Path(str(data.get("path") or "own data")).name)
+    name = source.get("hub") or data.get("task") or data.get("path") or source.get("_target_", "unknown")
+    dataset = Path(str(name)).name if Path(str(name)).is_absolute() else str(name).removeprefix("bimamba.data.sources.")
     found = [
         EvalResult(
             task_type="image-classification" if spec.kind == "image" else "other",

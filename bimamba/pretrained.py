@@ -26,6 +26,8 @@ from bimamba.spec import DataSpec
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Where the parts of a model may come from.
 PARTS = ("bimamba.nn.", "bimamba.models.")
+# How a training began is not what the model is.
+NOT_SAVED = ("pretrained", "freeze")
 # What a part's configuration may hold besides its arguments.
 MARKS = ("_target_", "_partial_", "_convert_", "_recursive_")
 
@@ -47,7 +49,7 @@ class Pretrained:
     origin: str
 
 
-# ------------------------------------------------------------------------------------ a model's arguments as plain values
+# ---------------------------------------------------------------------------------- a model's arguments as plain values
 
 
 def describe(value: Any, name: str = "model") -> Any:
@@ -171,6 +173,8 @@ def read_folder(folder: Path, trusted_modules: Sequence[str] = ()) -> Pretrained
         raise ValueError(
             f"{folder / CONFIG}: expected what save_pretrained writes, with 'spec' and 'model' ({error!r})"
         ) from error
+    if any(name in model for name in NOT_SAVED):  # would read files of its choice
+        raise ValueError(f"{folder / CONFIG}: {' and '.join(NOT_SAVED)} are no part of a saved model, but stand there")
     check_targets(model, trusted_modules, "model", PARTS)
     try:
         state = load_file(folder / WEIGHTS)

@@ -13,6 +13,7 @@ from bimamba.finetune import frozen_parts, load_pretrained
 from bimamba.hub import HubModel
 from bimamba.nn import BiMamba2, Block, MeanPooling, NucleotideEmbedding, PatchEmbedding
 from bimamba.packing import Packing, packing_of
+from bimamba.pretrained import NOT_SAVED
 from bimamba.spec import DataSpec
 
 
@@ -73,10 +74,6 @@ class Head(nn.Module):
         return self.proj(self.dropout(x))
 
 
-# How a training began is not what the model is.
-_NOT_SAVED = ("pretrained", "freeze")
-
-
 class Classifier(nn.Module, HubModel):
     """Classifies images or sequences; also multilabel and regression, by the spec's `num_outputs`.
 
@@ -118,7 +115,7 @@ class Classifier(nn.Module, HubModel):
         pretrained: str | Path | None = None,
         freeze: str | int | None = None,
     ) -> None:
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__", "spec", *_NOT_SAVED)}
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__", "spec", *NOT_SAVED)}
         super().__init__()
         self.spec, self.arguments = spec, arguments
         if embedding is None:
