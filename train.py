@@ -1,4 +1,4 @@
-"""Train, test or predict: `python train.py [experiment=…] [group=…] [key=value …]`. See configs/ and the README."""
+"""Train, test, predict, explain: `python train.py [experiment=…] [group=…] [key=value …]`. See configs/ and README."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ config.load_dotenv()
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """One run: fit (and test), test, or predict.
+    """One run: fit (and test), test, predict, or explain.
 
     Args:
         cfg: as composed from configs/.
@@ -35,7 +35,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
         choices: which file was chosen of each group; saved in checkpoints.
 
     Returns:
-        The last metrics, `train/…`, `val/…`, `test/…` or `predict/…`; the monitored one at its best.
+        The last metrics, `train/…`, `val/…`, `test/…`, `predict/…` or `explain/…`; the monitored one at its best.
 
     Raises:
         ValueError, FileNotFoundError: what the user gave cannot work; says what was expected.
@@ -52,16 +52,18 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     if cfg.seed is not None:  # 0 is a seed
         seed_everything(cfg.seed, workers=True)
 
+    explanation = instantiate(cfg.explain) if cfg.stage == "explain" else None
     if checkpoint and cfg.stage == "export":
         export(cfg, checkpoint)
         return {}
     datamodule: LightningDataModule = instantiate(cfg.data)
     if checkpoint:
         datamodule.expect(checkpoint_spec(checkpoint))
-    if cfg.stage != "predict":
+    data_stage = config.data_stage(cfg)
+    if data_stage != "predict":
         datamodule.prepare_data()
-    datamodule.setup(cfg.stage)
-    if cfg.stage != "predict":
+    datamodule.setup(data_stage)
+    if data_stage != "predict":
         write_json(output_dir / "preflight.json", datamodule.preflight())
     spec = datamodule.spec
     write_json(output_dir / "spec.json", spec.to_dict())
@@ -87,6 +89,8 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     elif cfg.stage == "test":
         trainer.test(task, datamodule=datamodule, verbose=False)
         metrics |= numbers(trainer.callback_metrics)
+    elif cfg.stage == "explain":
+        metrics |= explanation(task, datamodule, trainer, output_dir, Path(cfg.paths.plot_dir))
     else:
         trainer.predict(task, datamodule=datamodule, return_predictions=False)
         metrics |= task.predict_metrics

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bimamba.checkpoint import check_targets, did_you_mean, has_resolver
 
-STAGES = ("fit", "test", "export", "predict")
+STAGES = ("fit", "test", "export", "predict", "explain")
 # What a checkpoint decides at evaluation. The rest (logger, callbacks, paths, extras) belongs to the evaluation, and so
 # does the trainer's placement: a checkpoint of eight GPUs is evaluated on a laptop.
 EVALUATED = ("data", "model", "task", "trainer", "task_name", "tags", "seed", "monitor", "monitor_mode")
@@ -69,9 +69,18 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"stage={cfg.stage} needs a checkpoint: ckpt_path=logs/…/checkpoints/best.ckpt")
     if cfg.stage == "predict" and not OmegaConf.select(cfg, "data.predict"):
         raise ValueError("stage=predict needs something to predict: data.predict=FILE (or a folder)")
+    if cfg.stage == "explain" and data_stage(cfg) == "predict" and not OmegaConf.select(cfg, "data.predict"):
+        raise ValueError("explain.split=predict needs something to explain: data.predict=FILE (or a folder)")
     for key in ("monitor", "optimized_metric"):
         if str(cfg[key]).startswith("test/"):
             raise ValueError(f"{key}={cfg[key]}: the test set must not choose the model; monitor a val/ metric")
+
+
+def data_stage(cfg: DictConfig) -> str:
+    """The stage whose data a run reads: `explain` has none of its own."""
+    if cfg.stage != "explain":
+        return cfg.stage
+    return "predict" if cfg.explain.split == "predict" else "test"
 
 
 # ---------------------------------------------------------------------------------------------------------- plain forms
@@ -205,7 +214,7 @@ def soften(arguments: Sequence[str]) -> list[str]:
     """
     if not any(re.match(r"\+{0,2}ckpt_path=(?!null$).", a) for a in arguments):
         return list(arguments)
-    return [f"++{a}" if re.match(r"(?!hydra\.)\w+\.[\w.]+=", a) else a for a in arguments]
+    return [f"++{a}" if re.match(r"(?!(?:hydra|explain|paths|extras)\.)\w+\.[\w.]+=", a) else a for a in arguments]
 
 
 # ----------------------------------------------------------------------------------------------------- the run's folder
@@ -320,7 +329,7 @@ def show_results(metrics: Mapping[str, float], output_dir: Path, stage: str) -> 
     from rich.console import Console
     from rich.table import Table
 
-    prefix = next((p for p in ("predict/", "test/", "val/") if any(k.startswith(p) for k in metrics)), "")
+    prefix = next((p for p in ("explain/", "predict/", "test/", "val/") if any(k.startswith(p) for k in metrics)), "")
     table = Table(title=f"{prefix.rstrip('/')} metrics" if prefix else None)
     table.add_column("metric")
     table.add_column("value", justify="right")

@@ -18,6 +18,7 @@ ORDER = [
     "nn",
     "models",
     "tasks",
+    "explain",
 ]
 
 
