@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 # Each room may import those before it; `data` and `callbacks` are imported by configurations alone.
 ORDER = [
     "spec",
+    "ops.launch",
     "ops.ssd.reference",
     "ops.ssd.chunked",
     "ops.ssd.kernels",

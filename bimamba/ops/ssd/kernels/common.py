@@ -19,7 +19,6 @@ Prefixes: `i_` index, `o_` offset, `m_` mask, `p_` pointer. Sizes in capitals ar
 
 # ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
-import torch
 import triton
 import triton.language as tl
 
@@ -233,11 +232,3 @@ def sequence_ids(p_seq, o_l, L, ROWS: tl.constexpr):
 @triton.jit
 def sequence_id(p_seq, o_l, L):
     return tl.load(p_seq + tl.minimum(o_l, L - 1))
-
-
-# ------------------------------------------------------------------------------------------------ launching
-
-
-def device_of(t: torch.Tensor):
-    """Kernels run on their tensors' device, whichever is current (a no-op on the CPU, for the interpreter)."""
-    return torch.cuda.device_of(t)

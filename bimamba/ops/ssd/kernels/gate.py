@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_of
+from bimamba.ops.launch import launch
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -24,8 +24,17 @@ def grad_gate_kernel(dy, ungated, z, du, dz, size, BLOCK: tl.constexpr):
 def grad_gate(dy: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the output before the gate, and dz; all `(b, l, h, p)`."""
     du, dz = torch.empty_like(z), torch.empty_like(z)
-    with device_of(z):
-        grad_gate_kernel[(triton.cdiv(z.numel(), 2048),)](
-            dy=dy, ungated=ungated, z=z, du=du, dz=dz, size=z.numel(), BLOCK=2048, num_warps=4
-        )
+    launch(
+        grad_gate_kernel,
+        triton.cdiv(z.numel(), 2048),
+        z.device,
+        dy=dy,
+        ungated=ungated,
+        z=z,
+        du=du,
+        dz=dz,
+        size=z.numel(),
+        BLOCK=2048,
+        num_warps=4,
+    )
     return du, dz

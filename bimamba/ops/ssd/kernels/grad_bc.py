@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bimamba.ops.launch import launch
+
 from .choose import Config, Problem
 from .common import (
     both_ways,
-    device_of,
     leftward,
     load_state,
     load_tile,
@@ -287,60 +288,62 @@ def grad_bc(
     crossing = torch.empty((b * chunks * config.halves, h, 2, blocks_n), dtype=torch.float32, device=x.device)
     whole = parts == 1 and not problem.shift and (problem.untied or not problem.two_matrices)
 
-    def launch(B: Tensor, C: Tensor, forward: bool, backward: bool) -> tuple[Tensor, Tensor]:
+    def one_side(B: Tensor, C: Tensor, forward: bool, backward: bool) -> tuple[Tensor, Tensor]:
         if whole:
             dB, dC = torch.empty_like(B), torch.empty_like(C)
         else:
             dB, dC = torch.empty((2, parts * b, *B.shape[1:]), dtype=torch.float32, device=x.device).unbind()
-        with device_of(x):
-            grad_bc_kernel[(b * chunks * (h // config.grad_bc_heads) * blocks_n * config.halves,)](
-                x=tiles(x, q, config.block_p, tma),
-                dy=tiles(dy, q, config.block_p, tma),
-                B=tiles(B, q, width, tma),
-                C=tiles(C, q, width, tma),
-                seq=seq_idx,
-                states=state_tiles(states, config.block_p, width, tma),
-                grad_states=state_tiles(grad_states, config.block_p, width, tma),
-                rows=rows,
-                dB=tiles(dB, q, width, tma),
-                dC=tiles(dC, q, width, tma),
-                lines=lines,
-                crossing=crossing,
-                L=l,
-                CHUNKS=chunks,
-                NB=b,
-                H=h,
-                G=problem.g,
-                P=p,
-                N=problem.n,
-                Q=q,
-                HALVES=config.halves,
-                HEADS=config.grad_bc_heads,
-                LINES=lines.shape[3],
-                BLOCK_P=config.block_p,
-                BLOCK_N=width,
-                P2=problem.p2,
-                N2=problem.n2,
-                DIRECTIONS=problem.directions,
-                FORWARD=forward,
-                BACKWARD=backward,
-                SETS=problem.sets,
-                SHIFT=problem.shift,
-                HAS_SEQ=seq_idx is not None,
-                STAGES=config.grad_bc_stages,
-                TMA=tma,
-                PRECISION=problem.precision,
-                num_warps=config.grad_bc_warps,
-            )
+        launch(
+            grad_bc_kernel,
+            b * chunks * (h // config.grad_bc_heads) * blocks_n * config.halves,
+            x.device,
+            x=tiles(x, q, config.block_p, tma),
+            dy=tiles(dy, q, config.block_p, tma),
+            B=tiles(B, q, width, tma),
+            C=tiles(C, q, width, tma),
+            seq=seq_idx,
+            states=state_tiles(states, config.block_p, width, tma),
+            grad_states=state_tiles(grad_states, config.block_p, width, tma),
+            rows=rows,
+            dB=tiles(dB, q, width, tma),
+            dC=tiles(dC, q, width, tma),
+            lines=lines,
+            crossing=crossing,
+            L=l,
+            CHUNKS=chunks,
+            NB=b,
+            H=h,
+            G=problem.g,
+            P=p,
+            N=problem.n,
+            Q=q,
+            HALVES=config.halves,
+            HEADS=config.grad_bc_heads,
+            LINES=lines.shape[3],
+            BLOCK_P=config.block_p,
+            BLOCK_N=width,
+            P2=problem.p2,
+            N2=problem.n2,
+            DIRECTIONS=problem.directions,
+            FORWARD=forward,
+            BACKWARD=backward,
+            SETS=problem.sets,
+            SHIFT=problem.shift,
+            HAS_SEQ=seq_idx is not None,
+            STAGES=config.grad_bc_stages,
+            TMA=tma,
+            PRECISION=problem.precision,
+            num_warps=config.grad_bc_warps,
+        )
         return dB, dC
 
     if not problem.two_matrices:
-        dB, dC = launch(B, C, True, problem.bidirectional)
+        dB, dC = one_side(B, C, True, problem.bidirectional)
         if not whole:
             dB, dC = reduce_parts([dB], B), reduce_parts([dC], C)
         return dB, dC, None, None, crossing
-    dB, dC = launch(B, C, True, False)
-    dB_back, dC_back = launch(B_back, C_back, False, True)
+    dB, dC = one_side(B, C, True, False)
+    dB_back, dC_back = one_side(B_back, C_back, False, True)
     if whole:
         return dB, dC, dB_back, dC_back, crossing
     # A reader i used row i - 1 of C forward and row i + 1 backward: row l collects from readers l + 1 and l - 1

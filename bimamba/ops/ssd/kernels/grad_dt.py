@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bimamba.ops.launch import launch
+
 from .choose import Config, Problem
-from .common import device_of, softplus
+from .common import softplus
 from .reduce import totals
 
 
@@ -122,35 +124,37 @@ def grad_dt(
     heads = 8
     ddt = torch.empty_like(dt)
     sums = torch.empty((b * parts, 2, h), dtype=torch.float32, device=dt.device)
-    with device_of(dt):
-        grad_dt_kernel[(b * parts * triton.cdiv(h, heads),)](
-            dt=dt,
-            A=A,
-            bias=bias,
-            least=float(problem.dt_limit[0]),
-            largest=float(problem.dt_limit[1]),
-            rows=rows,
-            lines=lines,
-            crossing=crossing,
-            ddt=ddt,
-            sums=sums,
-            L=l,
-            PADDED=problem.chunks(config) * config.chunk,
-            PARTS=parts,
-            SLOTS=problem.chunks(config) * config.halves,
-            H=h,
-            Q=config.rows,
-            HEADS=heads,
-            SET=1 if problem.untied and not forward else 0,
-            SETS=problem.sets,
-            FORWARD=forward,
-            BACKWARD=backward,
-            BLOCKS_N=crossing.shape[-1],
-            CROSSINGS=2 if problem.two_matrices and not problem.untied else 1,
-            SHIFT=problem.shift,
-            SOFTPLUS=problem.dt_softplus,
-            LIMITED=problem.limited,
-            HAS_BIAS=bias is not None,
-            num_warps=4,
-        )
+    launch(
+        grad_dt_kernel,
+        b * parts * triton.cdiv(h, heads),
+        dt.device,
+        dt=dt,
+        A=A,
+        bias=bias,
+        least=float(problem.dt_limit[0]),
+        largest=float(problem.dt_limit[1]),
+        rows=rows,
+        lines=lines,
+        crossing=crossing,
+        ddt=ddt,
+        sums=sums,
+        L=l,
+        PADDED=problem.chunks(config) * config.chunk,
+        PARTS=parts,
+        SLOTS=problem.chunks(config) * config.halves,
+        H=h,
+        Q=config.rows,
+        HEADS=heads,
+        SET=1 if problem.untied and not forward else 0,
+        SETS=problem.sets,
+        FORWARD=forward,
+        BACKWARD=backward,
+        BLOCKS_N=crossing.shape[-1],
+        CROSSINGS=2 if problem.two_matrices and not problem.untied else 1,
+        SHIFT=problem.shift,
+        SOFTPLUS=problem.dt_softplus,
+        LIMITED=problem.limited,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+    )
     return ddt, *totals(sums, dD)

@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bimamba.ops.launch import launch
+
 from .choose import Config, Problem
-from .common import device_of, sequence_id
+from .common import sequence_id
 
 
 @triton.jit(do_not_specialize=["L", "CHUNKS"])
@@ -103,30 +105,32 @@ def pass_states(
     """Turns the chunks' own states into the states that enter them, in place; arguments as of `chunk_states`."""
     block = min(config.passing_block, problem.p2 * problem.n2)
     blocks = problem.p2 * problem.n2 // block
-    with device_of(states):
-        passing_kernel[(problem.b * problem.h * problem.directions * blocks,)](
-            states=states,
-            rows=rows,
-            seq=seq_idx,
-            enter_left=enter[0],
-            enter_right=enter[1],
-            leave_left=leave[0],
-            leave_right=leave[1],
-            L=problem.l,
-            CHUNKS=problem.chunks(config),
-            H=problem.h,
-            P=problem.p,
-            N=problem.n,
-            K=config.chunk,
-            P2=problem.p2,
-            N2=problem.n2,
-            BLOCK=block,
-            DIRECTIONS=problem.directions,
-            GRAD=grad,
-            UNTIED=problem.untied,
-            HAS_SEQ=seq_idx is not None,
-            HAS_ENTER=enter[0] is not None,
-            HAS_LEAVE=leave[0] is not None,
-            STAGES=config.passing_stages,
-            num_warps=config.passing_warps,
-        )
+    launch(
+        passing_kernel,
+        problem.b * problem.h * problem.directions * blocks,
+        states.device,
+        states=states,
+        rows=rows,
+        seq=seq_idx,
+        enter_left=enter[0],
+        enter_right=enter[1],
+        leave_left=leave[0],
+        leave_right=leave[1],
+        L=problem.l,
+        CHUNKS=problem.chunks(config),
+        H=problem.h,
+        P=problem.p,
+        N=problem.n,
+        K=config.chunk,
+        P2=problem.p2,
+        N2=problem.n2,
+        BLOCK=block,
+        DIRECTIONS=problem.directions,
+        GRAD=grad,
+        UNTIED=problem.untied,
+        HAS_SEQ=seq_idx is not None,
+        HAS_ENTER=enter[0] is not None,
+        HAS_LEAVE=leave[0] is not None,
+        STAGES=config.passing_stages,
+        num_warps=config.passing_warps,
+    )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_of
+from bimamba.ops.launch import launch
 
 
 @triton.jit(do_not_specialize=["size", "per_row"])
@@ -45,21 +45,23 @@ def reduce_parts(parts: list[Tensor], like: Tensor, steps: list[int] | None = No
     """
     steps = steps or [0] * len(parts)
     out = torch.empty_like(like)
-    with device_of(out):
-        reduce_kernel[(triton.cdiv(out.numel(), 1024),)](
-            first=parts[0],
-            second=parts[-1],
-            out=out,
-            size=out.numel(),
-            per_row=out[0].numel(),
-            PARTS=parts[0].shape[0] // out.shape[0],
-            STEP=steps[0],
-            SECOND=len(parts) == 2,
-            STEP_SECOND=steps[-1],
-            WIDTH=out.shape[2] * out.shape[3],
-            BLOCK=1024,
-            num_warps=4,
-        )
+    launch(
+        reduce_kernel,
+        triton.cdiv(out.numel(), 1024),
+        out.device,
+        first=parts[0],
+        second=parts[-1],
+        out=out,
+        size=out.numel(),
+        per_row=out[0].numel(),
+        PARTS=parts[0].shape[0] // out.shape[0],
+        STEP=steps[0],
+        SECOND=len(parts) == 2,
+        STEP_SECOND=steps[-1],
+        WIDTH=out.shape[2] * out.shape[3],
+        BLOCK=1024,
+        num_warps=4,
+    )
     return out
 
 
@@ -110,19 +112,21 @@ def totals(sums: Tensor, parts_D: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     dD = None if parts_D is None else torch.empty(parts_D.shape[1:], dtype=torch.float32, device=sums.device)
     width = 0 if dD is None else dD.numel()
     block = 8
-    with device_of(sums):
-        total_kernel[(2 * triton.cdiv(h, block) + triton.cdiv(width, block),)](
-            sums=sums,
-            parts_D=sums if dD is None else parts_D,
-            dA=out[0],
-            dbias=out[1],
-            dD=out[0] if dD is None else dD,
-            rows=sums.shape[0],
-            rows_D=0 if dD is None else parts_D.shape[0],
-            H=h,
-            WIDTH_D=width,
-            ROWS=256,
-            BLOCK=block,
-            num_warps=4,
-        )
+    launch(
+        total_kernel,
+        2 * triton.cdiv(h, block) + triton.cdiv(width, block),
+        sums.device,
+        sums=sums,
+        parts_D=sums if dD is None else parts_D,
+        dA=out[0],
+        dbias=out[1],
+        dD=out[0] if dD is None else dD,
+        rows=sums.shape[0],
+        rows_D=0 if dD is None else parts_D.shape[0],
+        H=h,
+        WIDTH_D=width,
+        ROWS=256,
+        BLOCK=block,
+        num_warps=4,
+    )
     return *out, dD

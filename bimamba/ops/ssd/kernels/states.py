@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bimamba.ops.launch import launch
+
 from .choose import Config, Problem
-from .common import LOG2E, device_of, load_tile, sequence_id, sequence_ids, step_size, store_state
+from .common import LOG2E, load_tile, sequence_id, sequence_ids, step_size, store_state
 from .descriptors import state_tiles, tiles
 from .passing import pass_states
 
@@ -216,53 +218,55 @@ def chunk_states(
     programs = b * h * problem.directions * blocks * (1 if config.walk else problem.chunks(config))
     tma = config.tma and not problem.untied  # a descriptor cannot be chosen by direction outside the loop
     width = config.states_block_n
-    with device_of(x):
-        states_kernel[(programs,)](
-            x=tiles(x, config.chunk, config.block_p, tma),
-            B=tiles(B, config.chunk, width, tma),
-            B_back=B_back,
-            dt=dt[0],
-            dt_back=dt[1],
-            A=A[0],
-            A_back=A[1],
-            bias=bias[0],
-            bias_back=bias[1],
-            least=float(problem.dt_limit[0]),
-            largest=float(problem.dt_limit[1]),
-            seq=seq_idx,
-            enter_left=enter[0],
-            enter_right=enter[1],
-            leave_left=leave[0],
-            leave_right=leave[1],
-            states=state_tiles(states, config.block_p, width, tma),
-            rows=rows,
-            L=l,
-            CHUNKS=problem.chunks(config),
-            H=h,
-            G=problem.g,
-            P=p,
-            N=problem.n,
-            K=config.chunk,
-            BLOCK_P=config.block_p,
-            BLOCK_N=width,
-            P2=problem.p2,
-            N2=problem.n2,
-            DIRECTIONS=problem.directions,
-            GRAD=grad,
-            WALK=config.walk,
-            UNTIED=problem.untied,
-            SHIFT=problem.shift,
-            SOFTPLUS=problem.dt_softplus,
-            HAS_BIAS=bias[0] is not None,
-            LIMITED=problem.limited,
-            HAS_SEQ=seq_idx is not None,
-            HAS_ENTER=enter[0] is not None,
-            HAS_LEAVE=leave[0] is not None,
-            STAGES=config.states_stages,
-            TMA=tma,
-            PRECISION=problem.precision,
-            num_warps=config.states_warps,
-        )
+    launch(
+        states_kernel,
+        programs,
+        x.device,
+        x=tiles(x, config.chunk, config.block_p, tma),
+        B=tiles(B, config.chunk, width, tma),
+        B_back=B_back,
+        dt=dt[0],
+        dt_back=dt[1],
+        A=A[0],
+        A_back=A[1],
+        bias=bias[0],
+        bias_back=bias[1],
+        least=float(problem.dt_limit[0]),
+        largest=float(problem.dt_limit[1]),
+        seq=seq_idx,
+        enter_left=enter[0],
+        enter_right=enter[1],
+        leave_left=leave[0],
+        leave_right=leave[1],
+        states=state_tiles(states, config.block_p, width, tma),
+        rows=rows,
+        L=l,
+        CHUNKS=problem.chunks(config),
+        H=h,
+        G=problem.g,
+        P=p,
+        N=problem.n,
+        K=config.chunk,
+        BLOCK_P=config.block_p,
+        BLOCK_N=width,
+        P2=problem.p2,
+        N2=problem.n2,
+        DIRECTIONS=problem.directions,
+        GRAD=grad,
+        WALK=config.walk,
+        UNTIED=problem.untied,
+        SHIFT=problem.shift,
+        SOFTPLUS=problem.dt_softplus,
+        HAS_BIAS=bias[0] is not None,
+        LIMITED=problem.limited,
+        HAS_SEQ=seq_idx is not None,
+        HAS_ENTER=enter[0] is not None,
+        HAS_LEAVE=leave[0] is not None,
+        STAGES=config.states_stages,
+        TMA=tma,
+        PRECISION=problem.precision,
+        num_warps=config.states_warps,
+    )
     if not config.walk:
         pass_states(problem, config, states, rows, seq_idx=seq_idx, enter=enter, leave=leave, grad=grad)
     return states

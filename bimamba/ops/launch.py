@@ -1,0 +1,94 @@
+"""Launches of Triton kernels that the host hardly feels.
+
+`kernel[grid](...)` looks at every argument anew, builds text from them and finds the compiled kernel under that text:
+about 40 us a launch on an H100's host for kernels with 40 arguments. The compiled kernel depends on less: the
+constants, and type and alignment of the run-time arguments. Under these it is remembered here.
+"""
+
+from __future__ import annotations
+
+import functools
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) -> None:
+    """`kernel[(programs,)](**arguments)` on `device`, whichever is the current one.
+
+    Integer arguments must be constexpr or listed in `do_not_specialize`: their values are not looked at.
+    """
+    if not isinstance(kernel, JITFunction) or device.type != "cuda":  # the interpreter; tests that only compile
+        kernel[(programs,)](**arguments)
+    elif device.index == torch.cuda.current_device():
+        _launch(kernel, programs, device, arguments)
+    else:
+        with torch.cuda.device(device):
+            _launch(kernel, programs, device, arguments)
+
+
+def _launch(kernel: JITFunction, programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
+    constants, run_time, in_order = _getters(kernel, tuple(arguments))
+    key = (kernel, device.index, constants(arguments), *map(_kind, run_time(arguments)))
+    compiled = _compiled.get(key)
+    if compiled is None or _watched():
+        _check_integers(kernel, arguments)
+        compiled = kernel[(programs,)](**arguments)
+        _compiled[key] = compiled.result() if hasattr(compiled, "result") else compiled
+        return
+    stream = driver.active.get_current_stream(device.index)
+    compiled.run(
+        programs,
+        1,
+        1,
+        stream,
+        compiled.function,
+        compiled.packed_metadata,
+        None,  # metadata and hooks, which are for watchers
+        None,
+        None,
+        *in_order(arguments),
+    )
+
+
+@functools.cache
+def _getters(kernel: JITFunction, given: tuple[str, ...]) -> tuple[itemgetter, itemgetter, itemgetter]:
+    """Readers of constants and launch options, of run-time arguments, and of all of the kernel's in its order."""
+    constant = {p.name for p in kernel.params if p.is_constexpr}
+    names = list(kernel.arg_names)
+    run_time = [n for n in names if n not in constant]
+    options = [n for n in given if n not in names]
+    missing = [n for n in names if n not in given]
+    if missing:
+        raise TypeError(f"{kernel.__name__}: arguments missing: {', '.join(missing)}")
+    return itemgetter(*[n for n in names if n in constant], *options), itemgetter(*run_time), itemgetter(*names)
+
+
+def _check_integers(kernel: JITFunction, arguments: dict[str, Any]) -> None:
+    loose = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
+    loose = [name for name in loose if isinstance(arguments[name], int)]
+    if loose:
+        raise TypeError(f"{kernel.__name__}: list {', '.join(loose)} in do_not_specialize")
+
+
+def _kind(value: Any) -> Any:
+    """All of a run-time argument that Triton compiles for."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if value is None or isinstance(value, float):
+        return type(value)
+    if isinstance(value, int):
+        return -(2**31) <= value < 2**31
+    return value.base.dtype, *value.block_shape, len(value.shape)  # a tensor descriptor
+
+
+def _watched() -> bool:
+    """Whether a profiler wants to see launches."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
