@@ -1,28 +1,24 @@
-"""The one LightningModule: a network, its loss, its metrics and its optimizer; one shared step for every stage."""
+"""Classification and regression: a network, its loss and its metrics; one shared step for every stage."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-import bimamba
-from bimamba.optim import parameter_groups, undecayed_names
 from bimamba.spec import DataSpec
+from bimamba.tasks.base import Task
 from bimamba.tasks.losses import SampleLoss, probabilities
 from bimamba.tasks.metrics import make_confusion_matrix, make_metrics, make_train_metric
 
 Batch = dict[str, Any]
 
 
-class SupervisedTask(LightningModule):
+class SupervisedTask(Task):
     """Classification (multiclass, binary, multilabel) or regression, as the spec says.
 
     Logs `train/loss` (epoch mean), `train/loss_step`, `train/accuracy`, and under `val/…`, `test/…` the loss and every
@@ -57,14 +53,8 @@ class SupervisedTask(LightningModule):
         compile: bool = False,
         checkpoint_extras: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.net = net
-        self.spec = spec
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        super().__init__(net, spec, optimizer, scheduler, compile, checkpoint_extras)
         self.loss = SampleLoss(spec, label_smoothing, class_weights, pos_weight)
-        self.checkpoint_extras = checkpoint_extras or {}
-        self.undecayed = undecayed_names(self)
 
         self.train_loss = MeanMetric()
         self.train_accuracy = make_train_metric(spec)
@@ -76,8 +66,6 @@ class SupervisedTask(LightningModule):
         self.epoch_confusion = nn.ModuleDict({s: confusion.clone() for s in evaluated} if confusion else {})
         self.confusion: dict[str, Tensor] = {}  # the finished matrices, for plots
         self.predict_metrics: dict[str, float] = {}  # Lightning logs nothing while predicting
-        if compile:
-            self.net.compile()
 
     # ---------------------------------------------------------------------------------------------- the shared step
 
@@ -167,32 +155,9 @@ class SupervisedTask(LightningModule):
             self.epoch_confusion[stage].reset()
         return values
 
-    # ---------------------------------------------------------------------------------------- optimizer, checkpoint
-
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.loss.balanced:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             if not hasattr(data, "class_counts"):
                 raise ValueError("'balanced' weights need a data module with `class_counts`; give numbers instead")
             self.loss.balance(data.class_counts.tolist(), data.sizes["train"])
-
-    def configure_optimizers(self) -> Any:
-        decay = self.optimizer.keywords.get("weight_decay", 0.0) if isinstance(self.optimizer, partial) else 0.0
-        optimizer = self.optimizer(parameter_groups(self, decay, self.undecayed))
-        if self.scheduler is None:
-            return optimizer
-        if "total_steps" in inspect.signature(self.scheduler).parameters:
-            steps = self.trainer.estimated_stepping_batches
-            # Lightning says -1 for a stream of unknown length without max_steps.
-            scheduler = self.scheduler(optimizer, total_steps=steps if steps > 0 else float("inf"))
-        else:
-            scheduler = self.scheduler(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
-        }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["spec"] = self.spec.to_dict()
-        checkpoint["bimamba_version"] = bimamba.__version__
-        checkpoint.update(self.checkpoint_extras)

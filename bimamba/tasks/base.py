@@ -1,0 +1,70 @@
+"""What every task shares: the network, its optimizer and schedule, and what goes into a checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.optim import Optimizer
+
+import bimamba
+from bimamba.optim import parameter_groups, undecayed_names
+from bimamba.spec import DataSpec
+
+
+class Task(LightningModule):
+    """Base of the tasks.
+
+    Args:
+        net: the network.
+        spec: what the data are; saved in every checkpoint.
+        optimizer: partial of an optimizer class; gets parameter groups with and without decay (see `bimamba.optim`).
+        scheduler: partial of a schedule, `scheduler(optimizer, total_steps=…)` or, without such an argument,
+            `scheduler(optimizer)`; stepped once per optimizer step. None: the rate never changes.
+        compile: compile the network with `torch.compile` for training and evaluation.
+        checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        spec: DataSpec,
+        optimizer: Callable[..., Optimizer],
+        scheduler: Callable[..., Any] | None = None,
+        compile: bool = False,
+        checkpoint_extras: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.spec = spec
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.checkpoint_extras = checkpoint_extras or {}
+        self.undecayed = undecayed_names(self)
+        if compile:
+            self.net.compile()
+
+    def configure_optimizers(self) -> Any:
+        decay = self.optimizer.keywords.get("weight_decay", 0.0) if isinstance(self.optimizer, partial) else 0.0
+        optimizer = self.optimizer(parameter_groups(self, decay, self.undecayed))
+        if self.scheduler is None:
+            return optimizer
+        if "total_steps" in inspect.signature(self.scheduler).parameters:
+            steps = self.trainer.estimated_stepping_batches
+            # Lightning says -1 for a stream of unknown length without max_steps.
+            scheduler = self.scheduler(optimizer, total_steps=steps if steps > 0 else float("inf"))
+        else:
+            scheduler = self.scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["spec"] = self.spec.to_dict()
+        checkpoint["bimamba_version"] = bimamba.__version__
+        checkpoint.update(self.checkpoint_extras)
