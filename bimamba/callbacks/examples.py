@@ -81,7 +81,7 @@ class ExamplePredictions(Callback):
         for i in sorted(chosen):
             row = {"first": i < new_first, "loss": float(loss[i]), "id": outputs["id"][i]}
             row |= {k: outputs[k][i].detach().float().cpu() for k in ("probabilities", "label")}
-            row["input"] = batch["inputs"][i][batch["mask"][i]].cpu() if "mask" in batch else batch["inputs"][i].cpu()
+            row["input"] = _input(batch, i)
             self._kept.append(row)
         worst = sorted((r for r in self._kept if not r["first"]), key=lambda r: -r["loss"])[: self.worst]
         self._kept = [r for r in self._kept if r["first"]] + worst
@@ -115,6 +115,15 @@ class ExamplePredictions(Callback):
             for r, p, t in zip(rows, predicted, truth, strict=True)
         ]
         save_table(trainer, columns, table, self.folder, f"examples_{split}", f"samples/{split}")
+
+
+def _input(batch: dict[str, Any], i: int) -> torch.Tensor:
+    """Sample i of a batch without padding, on the CPU."""
+    if "seq_idx" in batch:
+        row, number = divmod(int(batch["order"][i]), batch["bounds"].shape[1] - 1)
+        first, end = batch["bounds"][row, number : number + 2].tolist()
+        return batch["inputs"][row, first:end].cpu()
+    return batch["inputs"][i][batch["mask"][i]].cpu() if "mask" in batch else batch["inputs"][i].cpu()
 
 
 def _label_text(spec: DataSpec, label: np.ndarray) -> str:

@@ -51,7 +51,7 @@ class Throughput(Callback):
         if self._seen <= self.skip_steps:
             self._last = time.perf_counter()
             return
-        samples = len(batch["inputs"])
+        samples = len(batch["id"]) if "seq_idx" in batch else len(batch["inputs"])  # a packed row holds several
         self._samples += samples
         if "mask" in batch:
             self._tokens = self._tokens + batch["mask"].sum()  # stays on the device until it is logged

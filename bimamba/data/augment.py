@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba.data.sequences import complement_tokens
+from bimamba.packing import Packing, mirror
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
@@ -138,11 +139,11 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class ReverseComplement(nn.Module):
-    """Reads each DNA row on the other strand, with a probability. Padding stays where it is, at the end.
+    """Reads each DNA sequence on the other strand, with a probability. Padding stays where it is, at the end.
 
     Args:
         alphabet: of the token ids.
-        probability: of a row being turned.
+        probability: of a sequence being turned.
 
     Raises:
         ValueError: the alphabet is not DNA, or the probability out of range.
@@ -155,12 +156,13 @@ class ReverseComplement(nn.Module):
         self.probability = probability
         self.register_buffer("complement", complement_tokens(alphabet).long(), persistent=False)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Token ids int64 `(b, l)`, mask bool `(b, l)`."""
-        chosen = torch.rand(len(tokens), 1, device=tokens.device) < self.probability
-        lengths = mask.sum(1, keepdim=True)
-        columns = torch.arange(tokens.shape[1], device=tokens.device)
-        source = torch.where(mask, lengths - 1 - columns, columns)
+    def forward(self, tokens: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
+        """Token ids int64 `(b, l)`, mask bool `(b, l)`; each sequence of a packed row is drawn by itself."""
+        slots = 1 if packing is None else packing.bounds.shape[1] - 1
+        chosen = torch.rand(len(tokens), slots, device=tokens.device) < self.probability
+        if packing is not None:
+            chosen = chosen.gather(1, packing.seq_idx.long())
+        source = mirror(tokens.shape[1], mask, packing, tokens.device)
         if self.complement.device != tokens.device:
             self.to(tokens.device)  # once: a copy at each batch would wait for the device
         turned = self.complement[tokens.gather(1, source)]
@@ -186,7 +188,7 @@ class RandomSubstitution(nn.Module):
             raise ValueError(f"data.augment.substitution: expected a probability in [0, 1], got {probability}")
         self.known, self.probability = len(alphabet) - 1, probability
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
         """Token ids int64 `(b, l)`, mask bool `(b, l)`."""
         chosen = (torch.rand(tokens.shape, device=tokens.device) < self.probability) & mask
         return torch.where(chosen, torch.randint_like(tokens, 1, self.known + 1), tokens)

@@ -46,9 +46,16 @@ class Examples:
 class RowDataset(Dataset):
     """Some rows of `Examples`. Indexed by a whole batch at once (`Draw`, or a list of positions)."""
 
-    def __init__(self, examples: Examples, rows: np.ndarray, training: bool = False, pad_to_multiple: int = 1) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        rows: np.ndarray,
+        training: bool = False,
+        pad_to_multiple: int = 1,
+        pack_length: int | None = None,
+    ) -> None:
         self.examples, self.rows, self.training = examples, rows, training
-        self.pad_to_multiple = pad_to_multiple
+        self.pad_to_multiple, self.pack_length = pad_to_multiple, pack_length
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,6 +68,9 @@ class RowDataset(Dataset):
         examples = self.examples
         label = None if examples.labels is None else examples.labels[index]
         ids = examples.ids.take(pa.array(rows)).to_pylist()
+        if self.pack_length is not None:
+            inputs, mask, packing = examples.inputs.packed(index, self.pack_length, self.pad_to_multiple)
+            return collate(inputs, ids, label, mask, packing)
         if isinstance(examples.inputs, TokenRows):
             inputs, mask = examples.inputs.batch(index, self.pad_to_multiple)
             return collate(inputs, ids, label, mask)

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from bimamba.data.collate import pad_rows
+from bimamba.data.collate import pack_rows, pad_rows
+from bimamba.packing import Packing
 
 DNA = "ACGTN"
 TRUNCATE = ("none", "left", "right", "center")
@@ -112,6 +113,13 @@ class TokenRows:
         """Token ids int64 and mask bool, `(b, l)`, l the longest of these rows."""
         starts = self.offsets[rows]
         return pad_rows(self.tokens, starts, self.offsets[rows + 1] - starts, pad_to_multiple)
+
+    def packed(
+        self, rows: torch.Tensor, pack_length: int, pad_to_multiple: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor, Packing]:
+        """Token ids int64 and mask bool, `(r, l)`, several sequences to a row, and where each lies."""
+        starts = self.offsets[rows]
+        return pack_rows(self.tokens, starts, self.offsets[rows + 1] - starts, pack_length, pad_to_multiple)
 
 
 def tokenise(

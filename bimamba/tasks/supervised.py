@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from bimamba.packing import Packing
 from bimamba.spec import DataSpec
 from bimamba.tasks.base import Task
 from bimamba.tasks.losses import SampleLoss, probabilities
@@ -25,7 +26,7 @@ class SupervisedTask(Task):
     metric of `metrics.make_metrics`, computed over the whole epoch and all processes, never averaged over batches.
 
     Args:
-        net: `net(inputs, mask) -> logits (b, spec.num_outputs)`.
+        net: `net(inputs, mask) -> logits (b, spec.num_outputs)`; packed: `net(inputs, mask, seq_idx, bounds, order)`.
         spec: what the data are; saved in every checkpoint.
         optimizer: partial of an optimizer class; gets parameter groups with and without decay (see `bimamba.optim`).
         scheduler: partial of a schedule, `scheduler(optimizer, total_steps=…)` or, without such an argument,
@@ -71,7 +72,8 @@ class SupervisedTask(Task):
 
     def forward(self, batch: Batch) -> Tensor:
         """A batch of the data room to logits `(b, num_outputs)`."""
-        return self.net(batch["inputs"], batch.get("mask"))
+        packing = [batch[name] for name in Packing._fields] if "seq_idx" in batch else []
+        return self.net(batch["inputs"], batch.get("mask"), *packing)
 
     def shared_step(self, batch: Batch, stage: str) -> dict[str, Any]:
         """Logits, loss and probabilities of a batch, and the update of the stage's metrics.
