@@ -13,9 +13,9 @@ BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#718096"
 MAX_NAMED = 40  # classes; beyond that, names and numbers in a confusion matrix cannot be read
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to no window and no global state: plots work in threads and without a display."""
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+def new_figure(width: float, height: float, dpi: int = 120) -> Figure:
+    """A figure, in inches, that belongs to no window and no global state: plots work in threads, without a display."""
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 
 from bimamba.plots import BLUE, GREY, ORANGE, new_figure
 
+DPI = 200  # of print
 COLOURS = {"forward": BLUE, "backward": ORANGE}
 # name, axis label, logarithmic
 PANELS = (
@@ -33,7 +34,7 @@ def scan_statistics(values: Values, tied: Mapping[str, bool], longest: int) -> F
         values: `{layer: {direction: {statistic: (tokens, h)}}}`. tied: of each layer. longest: tokens of a sequence.
     """
     layers = list(values)
-    figure = new_figure(3 * max(2.7, 1.1 + 0.55 * len(layers)), 3.3)
+    figure = new_figure(3 * max(2.7, 1.1 + 0.55 * len(layers)), 3.3, DPI)
     panels = figure.subplots(1, 3)
     for axes, (name, label, log) in zip(panels, PANELS, strict=True):
         for x, layer in enumerate(layers):
@@ -46,18 +47,23 @@ def scan_statistics(values: Values, tied: Mapping[str, bool], longest: int) -> F
                 _violin(axes, x, parts[name], side, COLOURS[direction], log)
         if log:
             axes.set_yscale("log")
-        else:
-            axes.set_ylim(-0.02, 1.02)
         if name == "memory":
-            axes.axhline(longest, color=GREY, linewidth=0.8, linestyle=":")
-            text = f"length {longest:,}"
-            axes.annotate(text, (0.99, longest), xycoords=("axes fraction", "data"), fontsize=7, color=GREY, ha="right",
-                          va="bottom")  # fmt: skip
+            _length_line(axes, longest)
         axes.set_xticks(range(len(layers)), layers)
         axes.set(xlabel="layer", ylabel=label, xlim=(-0.6, len(layers) - 0.4))
     handles = _legend(values, tied)
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8, frameon=False)
     return figure
+
+
+def _length_line(axes: Any, longest: int) -> None:
+    """The longest sequence: a memory beyond it was never used up."""
+    axes.axhline(longest, color=GREY, linewidth=0.8, linestyle=":")
+    place = dict(
+        xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points", ha="right", va="bottom"
+    )
+    box = dict(boxstyle="square,pad=0.1", facecolor="white", alpha=0.7, linewidth=0)
+    axes.annotate(f"length {longest:,}", (1.0, longest), fontsize=7, color=GREY, bbox=box, **place)
 
 
 def _legend(values: Values, tied: Mapping[str, bool]) -> list[Any]:
@@ -74,7 +80,8 @@ def _violin(axes: Any, x: float, values: np.ndarray, side: str, colour: str, log
     flat = np.log10(np.maximum(flat, 1e-12)) if log else flat
     low, high = flat.min(), flat.max()
     pad = max(0.04 * (high - low), 1e-3)
-    edges = np.linspace(low - pad, high + pad, 81)
+    ends = (low - pad, high + pad) if log else (max(low - pad, 0.0), min(high + pad, 1.0))  # a decay stays in (0, 1)
+    edges = np.linspace(*ends, 81)
     count, _ = np.histogram(flat, edges)
     kernel = np.exp(-0.5 * (np.arange(-6, 7) / 2.0) ** 2)
     density = np.convolve(count, kernel / kernel.sum(), mode="same")
@@ -95,7 +102,7 @@ def memory_by_head(values: Values, longest: int) -> Figure:
     """Median (dot) and quartiles (line) of the memory length of every head, sorted within layer and direction."""
     layers = list(values)
     heads = max(parts["memory"].shape[1] for directions in values.values() for parts in directions.values())
-    figure = new_figure(max(4.0, 1.2 + len(layers) * max(0.7, 0.09 * heads)), 3.2)
+    figure = new_figure(max(4.0, 1.2 + len(layers) * max(0.7, 0.09 * heads)), 3.2, DPI)
     axes = figure.subplots()
     for x, layer in enumerate(layers):
         for direction, parts in values[layer].items():
@@ -107,9 +114,7 @@ def memory_by_head(values: Values, longest: int) -> Figure:
             axes.plot(places, middle[order], "o", color=COLOURS[direction], markersize=3.5)
         if x:
             axes.axvline(x - 0.5, color=GREY, linewidth=0.4)
-    axes.axhline(longest, color=GREY, linewidth=0.8, linestyle=":")
-    axes.annotate(f"length {longest:,}", (0.995, longest), xycoords=("axes fraction", "data"), fontsize=7, color=GREY,
-                  ha="right", va="bottom")  # fmt: skip
+    _length_line(axes, longest)
     axes.set_yscale("log")
     axes.set_xticks(range(len(layers)), layers)
     axes.set(xlabel="layer (one dot a head)", ylabel="memory length (tokens to 1/e)", xlim=(-0.5, len(layers) - 0.5))
@@ -127,9 +132,9 @@ def mixing_matrices(matrices: Mapping[str, np.ndarray], heads: Sequence[int], ti
     """
     rows, columns = len(matrices), len(heads)
     side = 1.9 if rows * columns <= 36 else 1.2
-    figure = new_figure(side * columns + 0.9, side * rows + 0.9)
+    figure = new_figure(side * columns + 0.9, side * rows + 0.9, DPI)
     grid = np.atleast_2d(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True))
-    for line, (layer, stack) in zip(grid, matrices.items(), strict=True):
+    for row, (line, (layer, stack)) in enumerate(zip(grid, matrices.items(), strict=True)):
         for axes, head, M in zip(line, heads, stack, strict=True):
             l = len(M)
             off = np.abs(M[~np.eye(l, dtype=bool)]) if l > 1 else np.abs(M).ravel()
@@ -138,7 +143,7 @@ def mixing_matrices(matrices: Mapping[str, np.ndarray], heads: Sequence[int], ti
             axes.tick_params(labelsize=6, length=2)
             axes.locator_params(integer=True, nbins=4)
             axes.set_title(f"±{limit:.2g}", fontsize=6, pad=2, color=GREY)
-            if line is grid[0]:
+            if row == 0:
                 axes.annotate(f"head {head}", (0.5, 1.0), (0, 13), xycoords="axes fraction", textcoords="offset points",
                               ha="center", fontsize=8)  # fmt: skip
         line[0].set_ylabel(f"layer {layer}", fontsize=8)
@@ -159,7 +164,7 @@ def saliency_maps(images: np.ndarray, maps: np.ndarray, captions: Sequence[str])
     """
     columns = min(8, len(images))
     bands = -(-len(images) // columns)
-    figure = new_figure(1.5 * columns + 0.7, 3.35 * bands)
+    figure = new_figure(1.5 * columns + 0.7, 3.35 * bands, DPI)
     grid = figure.subplots(2 * bands, columns, squeeze=False)
     for axes in grid.ravel():
         axes.axis("off")

@@ -13,6 +13,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 
+from bimamba.explain.draw import DPI
 from bimamba.plots import GREY, new_figure
 
 # The colours of most published logos; other alphabets take matplotlib's in turn.
@@ -74,7 +75,7 @@ def mutagenesis(
         tokens: `(l)`, ids, 1 = `letters[0]`. letters: k of them. first: number of the first position.
     """
     l = len(tokens)
-    figure = new_figure(_width(l), 3.1)
+    figure = new_figure(_width(l), 3.1, DPI)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
     draw_logo(top, heights, letters, first)
     top.set_ylabel("importance", fontsize=8)
@@ -90,7 +91,9 @@ def mutagenesis(
     bottom.set_ylabel("replaced by", fontsize=8)
     for axes in (top, bottom):
         axes.tick_params(labelsize=7)
-    figure.colorbar(image, ax=bottom, pad=0.01, aspect=8).set_label("change of score", fontsize=7)
+    bar = figure.colorbar(image, ax=bottom, pad=0.01, aspect=8)
+    bar.set_label("change of score", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -101,7 +104,7 @@ def mean_logos(heights: Mapping[str, np.ndarray], counts: Mapping[str, int], let
         heights: `{class: (l, k)}`. counts: sequences of each.
     """
     l = max(map(len, heights.values()))
-    figure = new_figure(_width(l), 0.5 + 1.7 * len(heights))
+    figure = new_figure(_width(l), 0.5 + 1.7 * len(heights), DPI)
     panels = figure.subplots(len(heights), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     limits = []
     for axes, (name, values) in zip(panels, heights.items(), strict=True):

@@ -247,7 +247,7 @@ class Explanation:
         if stop - start > limit:
             raise ValueError(
                 f"explain.mutagenesis.max_length: expected at most {limit} positions, got {stop - start}; choose "
-                "some by explain.mutagenesis.window=[start,stop], raise the limit, or set explain.mutagenesis.enabled=false"
+                "some by explain.mutagenesis.window=[start,stop], raise the limit, or explain.mutagenesis.enabled=false"
             )
         return start, stop
 
