@@ -100,7 +100,7 @@ def test_recording_leaves_no_trace_and_wants_a_scan():
 def test_memory_length_by_hand():
     rate = torch.tensor([[0.5], [0.5], [0.25], [0.25], [0.5], [2.0]])
     length, censored = memory_length(rate)
-    # after token 0: .5 + .25 + .25; 1: .25 + .25 + .5; 2: .25 + .5 + 2; 3: .5 + 2; 4: 2; 5: nothing is left: 1 / (4 / 6)
+    # after token 0: .5 + .25 + .25; 1: .25 + .25 + .5; 2: .25 + .5 + 2; 3: .5 + 2; 4: 2; 5: 1 / (4 / 6)
     assert length[:, 0].tolist() == [3, 3, 3, 2, 1, 2]
     assert censored[:, 0].tolist() == [False] * 5 + [True]
     constant, _ = memory_length(torch.full((50, 1), 0.1))
@@ -109,7 +109,7 @@ def test_memory_length_by_hand():
 
 @pytest.mark.parametrize("name", ["tied", "untied", "limit", "causal"])
 def test_statistics_are_those_of_the_real_tokens(name):
-    mixer, scan, mask = recorded(name)
+    mixer, scan, _ = recorded(name)
     statistics = ScanStatistics()
     statistics.update("0", scan)
     values = statistics.values()["0"]
