@@ -202,6 +202,11 @@ def complement_tokens(alphabet: str) -> torch.Tensor:
     return torch.tensor([0, *(alphabet.index(pairs[c]) + 1 for c in alphabet)], dtype=torch.uint8)
 
 
+def token_table(alphabet: str) -> np.ndarray:
+    """Token id of each byte, uint8 `(256,)`; 0 for what is no letter."""
+    return _lookup(alphabet)[0]
+
+
 def _lookup(alphabet: str) -> tuple[np.ndarray, np.ndarray]:
     """Token of each byte (0: not allowed), and whether it says anything: the last letter of the alphabet does not."""
     table, known = np.zeros(256, np.uint8), np.zeros(256, bool)

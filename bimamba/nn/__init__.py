@@ -4,7 +4,7 @@ from .attention import Attention
 from .block import MLP, Block, DropPath, LayerScale
 from .embedding import NucleotideEmbedding, PatchEmbedding, PixelEmbedding, Positions
 from .mamba2 import BiMamba2, Mamba2, RMSNormGated
-from .pooling import AttentionPooling, ClassTokenPooling, MaxPooling, MeanPooling, Pooling
+from .pooling import AttentionPooling, ClassTokenPooling, MaxPooling, MeanPooling, Pooling, TokenPooling
 
 __all__ = [
     "MLP",
@@ -24,4 +24,5 @@ __all__ = [
     "Pooling",
     "Positions",
     "RMSNormGated",
+    "TokenPooling",
 ]

@@ -40,6 +40,13 @@ class MeanPooling(Pooling):
         return torch.where(mask[..., None], x, 0.0).sum(dim=1) / keep.sum(dim=1).clamp(min=1.0)
 
 
+class TokenPooling(Pooling):
+    """None: the tokens as they are, `(b, l, d)`, for an output a token (masked-token pretraining)."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        return x
+
+
 class MaxPooling(Pooling):
     """The largest value of each channel among the real tokens."""
 
