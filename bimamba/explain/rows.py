@@ -29,6 +29,7 @@ class Rows:
         if not loader:
             raise ValueError(f"explain.split={split}: expected rows to explain, the data have none in this split")
         self.dataset, self.datamodule, self.device = loader.dataset, datamodule, device
+        self.dataset.pack_length = None  # rows are explained one by one
         self.batch_size = batch_size or datamodule.eval_batch_size or datamodule.batch_size
 
     def choose(self, count: int, seed: int, ids: Sequence[str] | None = None) -> np.ndarray:
