@@ -35,7 +35,7 @@ class _Genome:
         raise ValueError("a genome has no labelled rows: its windows are for experiment=dna_pretrain")
 
     def read(self, path: str) -> Records:
-        raise ValueError("stage=predict: a pretrained model predicts hidden letters; fine-tune it first: model.pretrained=")
+        raise ValueError("stage=predict: this model predicts hidden letters; fine-tune it first (model.pretrained=)")
 
 
 class GenomeDataModule(ClassificationDataModule):
@@ -99,7 +99,7 @@ class GenomeDataModule(ClassificationDataModule):
         )
         check_alphabet(alphabet)
         if not 1 <= min_length <= window:
-            raise ValueError(f"data.window, data.min_length: expected 1 <= min_length <= window, got {window}, {min_length}")
+            raise ValueError(f"data.min_length: expected 1 to data.window={window}, got {min_length}")
         self.turned = dict(augment or {}).get("reverse_complement", 0.0)
         if not 0 <= self.turned <= 1:
             raise ValueError(f"data.augment.reverse_complement: expected a probability in [0, 1], got {self.turned}")
@@ -118,13 +118,13 @@ class GenomeDataModule(ClassificationDataModule):
         names = tuple(self.alphabet[:-1])
         if expected is not None and (expected.alphabet, expected.class_names) != (self.alphabet, names):
             raise ValueError(
-                f"the checkpoint predicts {list(expected.class_names)} of the alphabet {expected.alphabet}, the data have "
+                f"the checkpoint predicts {list(expected.class_names)} of alphabet {expected.alphabet}, not "
                 f"{list(names)} of {self.alphabet}"
             )
         fasta = IndexedFasta(required_path(self.path, "a FASTA file, e.g. a genome"))
         windows = Windows(fasta, self.window, self.min_length, self.alphabet)
         if len(windows) == 0:
-            raise ValueError(f"{fasta.path}: expected a record of at least data.min_length={self.min_length} letters, got none")
+            raise ValueError(f"{fasta.path}: no record has data.min_length={self.min_length} letters")
         self.splits = self._split(windows)
         if len(self.splits["train"]) == 0:
             raise ValueError(f"{fasta.path}: {len(windows)} windows leave none to train on; lower data.window")
@@ -228,5 +228,7 @@ def _show(report: Mapping[str, Any]) -> None:
     table.add_row(f"windows of {report['window']}", *map(str, report["sizes"].values()))
     console.print(table)
     shares = ", ".join(f"{letter} {share:.1%}" for letter, share in report["frequencies"].items())
-    console.print(f"{report['records']} records, {report['letters']:,} letters: {shares}; unknown {report['unknown']:.2%}")
+    console.print(
+        f"{report['records']} records, {report['letters']:,} letters: {shares}; unknown {report['unknown']:.2%}"
+    )
     console.print(f"loss of a model that knows these frequencies alone: {report['loss_of_frequencies']:.4f} nats")

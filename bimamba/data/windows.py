@@ -32,9 +32,7 @@ class Masking:
         if not 0 < self.probability <= 1:
             raise ValueError(f"data.masking.probability: expected a share in (0, 1], got {self.probability}")
         if min(self.hidden, self.random) < 0 or self.hidden + self.random > 1:
-            raise ValueError(
-                f"data.masking: expected shares hidden and random of at most 1 together, got {self.hidden}, {self.random}"
-            )
+            raise ValueError(f"data.masking: expected hidden + random of at most 1, got {self.hidden}, {self.random}")
 
 
 class Windows:
