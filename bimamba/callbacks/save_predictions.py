@@ -49,6 +49,8 @@ class SavePredictions(Callback):
         self._write(trainer, pl_module.spec, "predict", trainer.predict_dataloaders)
 
     def _collect(self, outputs: dict[str, Any]) -> None:
+        if "probabilities" not in outputs:  # a task that makes no prediction a row, such as pretraining
+            return
         self._rows.setdefault("id", []).extend(outputs["id"])
         for key in ("probabilities", "label"):
             if key in outputs:
