@@ -13,7 +13,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
@@ -21,6 +21,7 @@ from bimamba import config
 from bimamba.checkpoint import checkpoint_spec, load_weights, read_checkpoint
 from bimamba.export import export
 from bimamba.loggers import finish_wandb
+from bimamba.runs import claimed, locate
 
 config.register_resolvers()
 config.load_dotenv()
@@ -40,10 +41,18 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     Raises:
         ValueError, FileNotFoundError: what the user gave cannot work; says what was expected.
     """
+    cfg.ckpt_path = path = locate(cfg.ckpt_path, cfg.paths.log_dir, cfg.task_name, cfg.paths.output_dir)
     config.check(cfg)
-    checkpoint = read_checkpoint(cfg.ckpt_path) if cfg.ckpt_path else None
+    checkpoint = read_checkpoint(path) if path else None
     if checkpoint:
         cfg = config.with_checkpoint(cfg, checkpoint, overrides)
+        cfg.ckpt_path = path
+    with claimed(cfg.paths.output_dir, fresh=cfg.stage == "fit" and checkpoint is None):
+        return run(cfg, checkpoint, choices)
+
+
+def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[str, Any] | None) -> dict[str, float]:
+    """The run itself, in a folder of its own; arguments and result as of `train`."""
     plain, output_dir = config.resolved(cfg), Path(cfg.paths.output_dir)
     if cfg.extras.print_config:
         config.show(plain)
@@ -102,7 +111,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
 def make_callbacks(cfg: DictConfig) -> list[Callback]:
     """The callbacks, without those that the trainer's switches, or the lack of a logger, turn off."""
     off = {
-        ModelCheckpoint: not cfg.trainer.enable_checkpointing or bool(cfg.trainer.fast_dev_run),  # 2.6 leaves last.ckpt
+        Checkpoint: not cfg.trainer.enable_checkpointing or bool(cfg.trainer.fast_dev_run),  # 2.6 leaves last.ckpt
         ProgressBar: not cfg.trainer.enable_progress_bar,
         ModelSummary: not cfg.trainer.enable_model_summary,
         LearningRateMonitor: not config.parts(cfg.logger),

@@ -18,6 +18,7 @@ from bimamba.spec import DataSpec
 # Where a configuration that came with a checkpoint may take its classes and functions from.
 TRUSTED = (
     # by room: what lies outside of them (bimamba.config.save, for one) writes files
+    "bimamba.atomic.",
     "bimamba.callbacks.",
     "bimamba.data.",
     "bimamba.loggers.",

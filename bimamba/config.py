@@ -22,6 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bimamba.checkpoint import check_targets, did_you_mean, has_resolver
+from bimamba.runs import find_checkpoint
 
 STAGES = ("fit", "test", "export", "predict", "explain")
 # What a checkpoint decides at evaluation. The rest (logger, callbacks, paths, extras) belongs to the evaluation, and so
@@ -29,7 +30,7 @@ STAGES = ("fit", "test", "export", "predict", "explain")
 EVALUATED = ("data", "model", "task", "trainer", "task_name", "tags", "seed", "monitor", "monitor_mode")
 PLACEMENT = ("accelerator", "strategy", "devices", "num_nodes", "default_root_dir")
 # What a resumed training does not take from its checkpoint.
-OWN = ("paths", "extras", "stage", "ckpt_path")
+OWN = ("paths", "extras", "stage", "ckpt_path", "explain", "export")
 # Groups whose files are overrides of everything: they make a recipe, and a checkpoint has one already.
 RECIPES = ("experiment", "debug", "hparams_search")
 
@@ -210,9 +211,10 @@ def soften(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with `++` before dotted overrides where a checkpoint is given.
 
     Hydra composes the defaults first and would refuse `data.max_length=…` for a checkpoint of sequences because the
-    default data are images. `with_checkpoint` applies the same overrides again, and strictly.
+    default data are images. `with_checkpoint` applies the same overrides again, and strictly. (`ckpt_path=auto` may
+    find no checkpoint, so its command is that of a whole training, which Hydra checks.)
     """
-    if not any(re.match(r"\+{0,2}ckpt_path=(?!null$).", a) for a in arguments):
+    if not any(re.match(r"\+{0,2}ckpt_path=(?!(?:null|auto)$).", a) for a in arguments):
         return list(arguments)
     return [f"++{a}" if re.match(r"(?!(?:hydra|explain|paths|extras)\.)\w+\.[\w.]+=", a) else a for a in arguments]
 
@@ -230,7 +232,7 @@ def run_folder(ckpt_path: str | Path) -> Path | None:
 
 def _output_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str, stamp: str) -> str:
     """Where a run writes: a resumed training into its own folder, an evaluation into a folder beneath it."""
-    run = run_folder(ckpt_path) if ckpt_path else None
+    run = _run_of(ckpt_path, log_dir, task_name)
     if run and stage == "fit":
         return str(run)
     if run and os.access(run, os.W_OK):
@@ -238,16 +240,22 @@ def _output_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str,
     return str(Path(log_dir) / (task_name if stage == "fit" else stage) / "runs" / stamp)
 
 
-def _hydra_dir(stage: str, ckpt_path: str | None) -> str:
+def _run_of(ckpt_path: str | None, log_dir: str, task_name: str) -> Path | None:
+    found = find_checkpoint(ckpt_path, log_dir, task_name) if ckpt_path in ("last", "best") else ckpt_path
+    return run_folder(found) if found else None
+
+
+def _hydra_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str) -> str:
     """A resumed training must not overwrite what Hydra wrote when it began."""
-    if stage == "fit" and ckpt_path and run_folder(ckpt_path):
+    if stage == "fit" and (ckpt_path == "auto" or _run_of(ckpt_path, log_dir, task_name)):
         return f".hydra/resumed_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     return ".hydra"
 
 
 def register_resolvers() -> None:
-    """`${run_dir:…}` and `${hydra_dir:…}`, used by configs/hydra. Neither evaluates code."""
+    """`${run_dir:…}` and `${hydra_dir:…}` of configs/hydra, `${direction:…}` of Optuna's. None evaluates code."""
     OmegaConf.register_new_resolver("run_dir", _output_dir, replace=True)
+    OmegaConf.register_new_resolver("direction", lambda mode: {"min": "minimize", "max": "maximize"}[mode], replace=True)
     OmegaConf.register_new_resolver("hydra_dir", _hydra_dir, replace=True, use_cache=True)
 
 

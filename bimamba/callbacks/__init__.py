@@ -1,5 +1,7 @@
 """Callbacks of a run; configs/callbacks chooses among them and Lightning's own."""
 
+from .checkpoints import Checkpoints
+from .exact_resume import ExactResume
 from .examples import ExamplePredictions
 from .gradient_norm import GradientNorm
 from .interrupt import SaveOnInterrupt
@@ -8,6 +10,8 @@ from .save_predictions import SavePredictions
 from .throughput import Throughput
 
 __all__ = [
+    "Checkpoints",
+    "ExactResume",
     "ExamplePredictions",
     "GradientNorm",
     "LearningCurves",

@@ -1,44 +1,110 @@
-"""Ctrl-C leaves a checkpoint."""
+"""Ctrl-C and the signals of a scheduler leave a checkpoint."""
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from bimamba.runs import newest_checkpoint
 
-class SaveOnInterrupt(Callback):
-    """Saves `interrupted.ckpt` when a training is stopped by Ctrl-C, and says where it is and how to go on.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; a scheduler's end of time or preemption; Slurm's --signal=USR1
+
+
+class Stopped(SystemExit):
+    """A training that a signal ended, after its checkpoint was written. The exit code is 128 + the signal's number."""
+
+
+class SaveOnInterrupt(Checkpoint):
+    """Saves `interrupted.ckpt` when Ctrl-C, SIGTERM or SIGUSR1 stops a training, and says how to go on.
+
+    The signal is only noted; the training stops after the batch in hand (and after its accumulation of gradients, or
+    the validation that is running), so the checkpoint is that of a step, and the resumed training equals an
+    uninterrupted one. The process ends with 128 + the signal's number (130, 143, 138), so that nobody takes it for a
+    finished training. A second Ctrl-C stops at once and saves nothing.
+
+    Several processes agree every `trainer.log_every_n_steps` batches on whether one of them was told to stop.
 
     Args:
         dirpath: folder of the checkpoint.
     """
 
+    # A Checkpoint is called after all other callbacks: what it saves holds everything that they did at this step.
+
     def __init__(self, dirpath: str) -> None:
         self.path = Path(dirpath) / "interrupted.ckpt"
+        self._received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit" or trainer.fast_dev_run:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._received = None
+        if trainer.fast_dev_run or threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may set handlers
+        for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number)
+        again = "; Ctrl-C again stops at once, without saving" if number == signal.SIGINT else ""
+        _say(f"{self._received.name}: stopping after this batch (or validation){again} …")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        epoch_loop = trainer.fit_loop.epoch_loop
+        # The end of an epoch comes after its validation and its own checkpoints.
+        if epoch_loop._should_accumulate() or epoch_loop.batch_progress.is_last_batch:
             return
-        if trainer.global_step == 0:
-            _say("Interrupted before the first step: there is nothing to save.")
+        if trainer.world_size == 1 or (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            self._stop_if_told(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_told(trainer)
+
+    def _stop_if_told(self, trainer: Trainer) -> None:
+        told = self._received is not None
+        if trainer.world_size > 1:
+            told = trainer.strategy.reduce_boolean_decision(told, all=False)
+        if not told or trainer.fast_dev_run:
             return
         trainer.save_checkpoint(self.path)
         _say(
-            f"Interrupted at step {trainer.global_step} (epoch {trainer.current_epoch}). Saved {self.path}\n"
+            f"Stopped at step {trainer.global_step} (epoch {trainer.current_epoch}). Saved {self.path}\n"
             f"Go on with:  python train.py ckpt_path={_quoted(self.path)}"
         )
+        raise Stopped(128 + int(self._received or signal.SIGTERM))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
+            newest = newest_checkpoint(self.path.parent)
+            where = f"The newest checkpoint is {newest}" if newest else "There is no checkpoint yet."
+            _say(f"Stopped at step {trainer.global_step} without saving. {where}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
         # A resumed training that reached its end has no use for the interruption of its first part.
         if trainer.is_global_zero and self.path.exists():
             self.path.unlink()
 
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}
+
 
 @rank_zero_only
 def _say(message: str) -> None:
-    print(f"\n{message}", flush=True)
+    os.write(1, f"\n{message}\n".encode())  # in a handler print() could meet a print() that it interrupted
 
 
 def _quoted(path: Path) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from bimamba.data import preflight
 from bimamba.data.collate import Batch, collate
 from bimamba.data.images import LazyImages, cores
 from bimamba.data.labels import LabelMap
+from bimamba.data.loader import TrainLoader
 from bimamba.data.records import SPLITS, Records, Source
 from bimamba.data.samplers import Draw, EvalBatches, TrainBatches
 from bimamba.data.sequences import TokenRows
@@ -303,6 +305,7 @@ class ClassificationDataModule(LightningDataModule):
                 drop_last=self.drop_last,
                 **self._process(),
             ),
+            begin=self._batches_done,
         )
 
     def val_dataloader(self) -> DataLoader | list:
@@ -357,10 +360,23 @@ class ClassificationDataModule(LightningDataModule):
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
-    def _loader(self, dataset: RowDataset, sampler: Any, batch_size: int | None = None) -> DataLoader:
+    def _batches_done(self) -> int:
+        """Batches of this epoch that a resumed training has behind it."""
+        if self.trainer is None or not self.trainer.training:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def _loader(
+        self,
+        dataset: RowDataset,
+        sampler: Any,
+        batch_size: int | None = None,
+        begin: Callable[[], int] | None = None,
+    ) -> DataLoader:
         workers = self._workers(dataset)
-        return DataLoader(
-            dataset,
+        make = DataLoader if begin is None else partial(TrainLoader, begin=begin)
+        return make(
+            dataset=dataset,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=workers,

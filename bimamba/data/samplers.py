@@ -40,6 +40,7 @@ class TrainBatches(DistributedSampler):
         ValueError: `drop_last` would leave nothing.
     """
 
+    begin = 0  # batches at the beginning that are left out: a resumed training has done them
     WINDOW = 50  # batches; enough that padding is small, few enough that batches stay mixed
 
     def __init__(
@@ -77,7 +78,7 @@ class TrainBatches(DistributedSampler):
         batches = [order[i : i + step] for i in range(0, len(order), step)]
         if self.lengths is not None:
             batches = [batches[i] for i in rng.permutation(len(batches))]
-        for batch in batches:
+        for batch in batches[self.begin :]:
             yield Draw(self.epoch, batch[self.rank :: self.num_replicas])
 
     def __len__(self) -> int:

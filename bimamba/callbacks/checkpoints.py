@@ -1,0 +1,76 @@
+"""The best and the last checkpoint of a training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's `ModelCheckpoint`, where `last.ckpt` is the newest state and steps do not touch the best one.
+
+    Lightning's own (2.6) writes `last.ckpt` only along with a new best one, and with `every_n_train_steps` it judges
+    steps in mid-epoch by the last epoch's validation and saves nothing before the first one. Here the best is decided
+    where the metric is measured, and `every_n_train_steps` and `train_time_interval` add saves of `last.ckpt`.
+
+    Args:
+        every_n_train_steps: also save `last.ckpt` after so many optimizer steps; None: at the ends of epochs only.
+        train_time_interval: also save it after so much time, for instance `{minutes: 30}`.
+        options: those of `ModelCheckpoint`.
+
+    Raises:
+        ValueError: a number of steps or a time below 1, or an unknown unit of time.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_train_steps: int | None = None,
+        train_time_interval: Mapping[str, float] | timedelta | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps: expected at least 1, or null, got {every_n_train_steps}")
+        if isinstance(train_time_interval, Mapping):
+            try:
+                train_time_interval = timedelta(**train_time_interval)
+            except TypeError as error:
+                raise ValueError(
+                    f"train_time_interval: expected for instance {{minutes: 30}}, got {dict(train_time_interval)}"
+                ) from error
+        if train_time_interval is not None and train_time_interval <= timedelta(0):
+            raise ValueError(f"train_time_interval: expected more than nothing, got {train_time_interval}")
+        self.last_every, self.last_interval = every_n_train_steps, train_time_interval
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if trainer.fast_dev_run or epoch_loop._should_accumulate() or epoch_loop.batch_progress.is_last_batch:
+            return  # half-summed gradients are not saved; the end of the epoch saves by itself, after validation
+        due = bool(self.last_every) and trainer.global_step % self.last_every == 0
+        if self.last_interval is not None:  # one clock for all processes
+            passed = time.monotonic() - self._last_time_checked >= self.last_interval.total_seconds()
+            due = due or bool(trainer.strategy.broadcast(passed))
+        if due:
+            self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        done = (trainer.current_epoch + 1) % max(self._every_n_epochs, 1) == 0
+        if done and not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
+            self._save_last(trainer)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if not self.save_last:
+            return
+        judged = self._last_global_step_saved
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._last_global_step_saved = judged  # the best one is still to be decided at this step
+        self._last_time_checked = time.monotonic()

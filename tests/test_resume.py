@@ -1,0 +1,205 @@
+"""A training that was stopped goes on as if it had not been: order, random numbers, augmentation, metrics, folder."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from runs import DIGITS, load, run, train
+
+from bimamba.atomic import AtomicCheckpointIO
+from bimamba.callbacks import interrupt
+
+# 9 batches an epoch, with everything that draws random numbers.
+OPTIONS = [*DIGITS, "data.batch_size=160", "test=false", "trainer.max_epochs=2", "data.augment.random_erasing=0.5"]
+OPTIONS += [
+    "model.dropout=0.1",
+    "model.drop_path=0.1",
+    "callbacks.model_checkpoint.every_n_train_steps=2",
+    "trainer.log_every_n_steps=4",
+]
+OPTIONS += [
+    "callbacks.learning_curves=null",
+    "callbacks.examples=null",
+    "trainer.num_sanity_val_steps=0",
+    "callbacks.throughput=null",
+]
+
+
+class Losses(Callback):
+    """Remembers the loss of every step, and stops after one of them as a crash would."""
+
+    def __init__(self, crash_after=None, signal_at=None):
+        self.seen, self.crash_after, self.signal_at = {}, crash_after, signal_at
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        step = trainer.global_step
+        self.seen[step] = (outputs["loss"].item(), batch["id"][0], batch["inputs"].sum().item())
+        if step == self.crash_after:
+            raise RuntimeError("crash")
+
+
+def trained(folder, spy, *overrides, monkeypatch):
+    with monkeypatch.context() as patch:
+        made = train.make_callbacks
+        patch.setattr(train, "make_callbacks", lambda cfg: [*made(cfg), spy])
+        metrics = run(folder, *overrides)
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted training: what each step saw, its metrics, its weights."""
+    spy, folder = Losses(), tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        metrics = trained(folder, spy, *OPTIONS, monkeypatch=patch)
+    return spy.seen, metrics, load(folder / "checkpoints" / "last.ckpt")
+
+
+def same_weights(one, two):
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(("crash", "workers"), [(9, 0), (13, 1)])
+def test_resumed_in_mid_epoch_it_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch, crash, workers):
+    first, second = Losses(crash_after=crash), Losses()
+    with pytest.raises(RuntimeError, match="crash"):
+        trained(tmp_path, first, *OPTIONS, monkeypatch=monkeypatch)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    step = load(path)["global_step"]
+    assert step == crash // 2 * 2 and step % 9  # in mid-epoch
+    options = [f"ckpt_path={path}", f"data.num_workers={workers}"]
+    metrics = trained(tmp_path, second, *options, monkeypatch=monkeypatch)
+    seen, expected, weights = whole
+    assert list(second.seen) == list(range(step + 1, 19))
+    assert {**first.seen, **second.seen} == seen  # the very bits
+    assert metrics == {
+        k: expected[k] for k in metrics
+    }  # also the epoch's mean loss and accuracy, whose first part came before the crash
+    same_weights(weights, load(path))
+
+
+def test_after_kill_9_it_goes_on_from_the_last_step_checkpoint(whole, tmp_path, monkeypatch):
+    class Kill(Losses):
+        def on_train_batch_end(self, *args):
+            super().on_train_batch_end(*args)
+            (tmp_path / "seen.json").write_text(json.dumps(self.seen))
+            if args[0].global_step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()  # a process of its own, without ten seconds of imports
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            trained(tmp_path, Kill(), *OPTIONS, monkeypatch=monkeypatch)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    before = {int(k): tuple(v) for k, v in json.loads((tmp_path / "seen.json").read_text()).items()}
+    path, spy = tmp_path / "checkpoints" / "last.ckpt", Losses()
+    assert load(path)["global_step"] == 4
+    trained(tmp_path, spy, f"ckpt_path={path}", monkeypatch=monkeypatch)
+    assert {**before, **spy.seen} == whole[0] and min(spy.seen) == 5
+    same_weights(whole[2], load(path))
+
+
+@pytest.mark.parametrize(("at", "stopped"), [(2, 3), (8, 9)])
+def test_sigterm_saves_and_stops_with_its_number(whole, tmp_path, monkeypatch, capfd, at, stopped):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        trained(tmp_path, Losses(signal_at=at), *OPTIONS, monkeypatch=monkeypatch)
+    assert caught.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == handler
+    path = tmp_path / "checkpoints" / "interrupted.ckpt"
+    assert f"python train.py ckpt_path={path}" in capfd.readouterr().out
+    assert load(path)["global_step"] == stopped  # the batch in hand was finished; at an epoch's end, its validation
+    spy = Losses()
+    metrics = trained(tmp_path, spy, f"ckpt_path={path}", monkeypatch=monkeypatch)
+    assert spy.seen == {k: v for k, v in whole[0].items() if k > stopped}
+    assert metrics == {k: whole[1][k] for k in metrics}
+    assert not path.exists()  # it has served
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    callback = interrupt.SaveOnInterrupt("nowhere")
+    callback._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        callback._note(signal.SIGINT, None)
+
+
+def test_last_is_the_newest_run_of_the_task(tmp_path, capsys):
+    options = [*DIGITS, "trainer.max_epochs=1", "test=false", f"paths.log_dir={tmp_path}", "callbacks.examples=null"]
+    options += ["callbacks.learning_curves=null"]
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path=last: expected a run with checkpoints in .*digits, found"):
+        run(tmp_path / "x", *options, "ckpt_path=last")
+    for name in ("a", "b"):
+        run(tmp_path / "digits" / "runs" / name, *options)
+    folder = tmp_path / "digits" / "runs" / "b"
+    run(folder, "ckpt_path=last", f"paths.log_dir={tmp_path}", "trainer.max_epochs=2", "test=false")
+    assert f"ckpt_path=last: {folder}/checkpoints/last.ckpt" in capsys.readouterr().out
+    assert load(folder / "checkpoints" / "last.ckpt")["epoch"] == 1
+    assert train.config._output_dir("fit", "last", str(tmp_path), "digits", "now") == str(folder)
+    assert train.config._output_dir("test", "best", str(tmp_path), "digits", "now") == str(folder / "test" / "now")
+    with pytest.raises(FileNotFoundError, match="there are runs of digits"):
+        run(tmp_path / "x", *options, "ckpt_path=best", "stage=test", "task_name=other")
+    # auto: this run's own folder, where it has begun, else a new training
+    assert train.locate("auto", tmp_path, "digits", folder) == str(folder / "checkpoints" / "last.ckpt")
+    assert train.locate("auto", tmp_path, "digits", tmp_path / "new") is None
+    # a new training does not overwrite another one
+    with pytest.raises(ValueError, match=r"holds the checkpoints of another training: go on with it \(ckpt_path="):
+        run(folder, *options)
+
+
+def test_two_runs_in_one_folder_are_one_clear_error(tmp_path):
+    with train.claimed(tmp_path, fresh=True), pytest.raises(ValueError, match=r"another run is writing to .*process"):
+        run(tmp_path, *DIGITS)
+    with train.claimed(tmp_path, fresh=True):
+        pass  # it was given back
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel refuses to write more, as a full disk does
+    try:
+        with pytest.raises(OSError, match=r"could not write checkpoint .*last\.ckpt: File too large.*intact: .*last"):
+            writer.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load(path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    writer.save_checkpoint({"step": 3}, path)
+    assert load(path) == {"step": 3}
+
+
+def test_a_full_disk_ends_a_training_with_one_message(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bimamba.atomic.os.fsync", full)
+    with pytest.raises(SystemExit) as caught, train.config.clear_errors():
+        run(tmp_path, *DIGITS, "trainer.max_epochs=1")
+    assert "No space left on device" in str(caught.value) and "No earlier checkpoint was there" in str(caught.value)
+
+
+def test_what_is_killed_while_saving_leaves_the_last_good_checkpoint(tmp_path):
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1}, path)
+    child = os.fork()
+    if child == 0:
+
+        class Bomb:
+            def __reduce__(self):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        writer.save_checkpoint({"weights": torch.zeros(1000), "last": Bomb()}, path)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert load(path) == {"step": 1}
+    writer.save_checkpoint({"step": 2}, path)  # what the kill left is in nobody's way
+    assert load(path) == {"step": 2} and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
