@@ -202,6 +202,29 @@ class CachedImages:
 
 
 @dataclass
+class DeviceImages(CachedImages):
+    """The same, to be kept on the device of the training: a batch travels as its row numbers alone."""
+
+    def batch(self, rows: torch.Tensor, epoch: int | None = None) -> torch.Tensor:
+        """int64 `(b)`: `VisionDataModule.transform` gathers the images from the device's memory."""
+        return rows
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """All images on the device.
+
+        Raises:
+            ValueError: they do not fit into its memory.
+        """
+        size = self.pixels.numel()
+        if device.type == "cuda" and size > (free := torch.cuda.mem_get_info(device)[0]) // 2:
+            raise ValueError(
+                f"data.cache=device: expected images of at most half of the device's free memory, "
+                f"{free / 2**31:.1f} GiB, got {size / 2**30:.1f} GiB; set data.cache=true (memory of the host)"
+            )
+        return self.pixels.to(device)
+
+
+@dataclass
 class LazyImages:
     """Images decoded when a batch asks for them, in the DataLoader's workers.
 

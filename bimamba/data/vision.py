@@ -11,7 +11,16 @@ import torch
 from bimamba.data.augment import ImageAugmentation, normalise
 from bimamba.data.collate import Batch
 from bimamba.data.datamodule import ClassificationDataModule
-from bimamba.data.images import RESIZE, CachedImages, Geometry, LazyImages, channel_statistics, decode_all, look
+from bimamba.data.images import (
+    RESIZE,
+    CachedImages,
+    DeviceImages,
+    Geometry,
+    LazyImages,
+    channel_statistics,
+    decode_all,
+    look,
+)
 from bimamba.data.labels import LabelMap
 from bimamba.data.records import Records, Source
 from bimamba.spec import DataSpec
@@ -28,7 +37,8 @@ class VisionDataModule(ClassificationDataModule):
         channels: 1 (grey), 3 (RGB), or None: 3 if any image has colours.
         resize, crop_fraction: see `bimamba.data.images.Geometry`.
         mean, std: of each channel, of pixels in [0, 1]; None: computed from the training images.
-        cache: True: decode everything once and keep it; False: decode at each use; `"auto"`: keep up to 2 GiB.
+        cache: True: decode everything once and keep it; `"device"`: and keep a copy on the device, so that a batch is a
+            gather there; False: decode at each use; `"auto"`: keep up to 2 GiB in memory.
         augment: options of `bimamba.data.augment.ImageAugmentation`.
         options: those of `ClassificationDataModule`.
 
@@ -57,8 +67,8 @@ class VisionDataModule(ClassificationDataModule):
             raise ValueError(f"data.resize: expected one of {', '.join(RESIZE)}, got {resize!r}")
         if not 0 < crop_fraction <= 1:
             raise ValueError(f"data.crop_fraction: expected a number in (0, 1], got {crop_fraction}")
-        if cache not in (True, False, "auto"):
-            raise ValueError(f"data.cache: expected true, false or auto, got {cache!r}")
+        if cache not in (True, False, "auto", "device"):
+            raise ValueError(f"data.cache: expected true, false, device or auto, got {cache!r}")
         if (mean is None) != (std is None):
             raise ValueError(f"data.mean and data.std go together, got mean={mean}, std={std}")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -67,6 +77,7 @@ class VisionDataModule(ClassificationDataModule):
         self.image_size, self.channels, self.resize, self.crop_fraction = size, channels, resize, crop_fraction
         self.mean, self.std, self.cache = mean, std, cache
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pixels: dict[torch.device, torch.Tensor] = {}
         self.augmentation = ImageAugmentation(**(augment or {}))
 
     def _geometry(self, records: Records) -> Geometry:
@@ -89,11 +100,20 @@ class VisionDataModule(ClassificationDataModule):
     def _store(self, records: Records) -> CachedImages | LazyImages:
         geometry = self._geometry(records)
         size = len(records) * geometry.channels * geometry.height * geometry.width
+        if self.cache == "device":
+            return DeviceImages(decode_all(records.inputs, geometry).pixels)
         if self.cache is True or (self.cache == "auto" and size <= CACHE_LIMIT):
             return decode_all(records.inputs, geometry)
         return LazyImages(records.inputs, geometry, self.augmentation.resized_crop, self.seed)
 
+    def _setup_predict(self) -> None:
+        super()._setup_predict()
+        if isinstance(self._predicted.inputs, DeviceImages):  # read once: a copy on the device gains nothing
+            self._predicted.inputs = CachedImages(self._predicted.inputs.pixels)
+
     def _make_spec(self, store: CachedImages | LazyImages, names: LabelMap, train: np.ndarray) -> DataSpec:
+        if isinstance(store, DeviceImages):
+            store = CachedImages(store.pixels)
         channels, height, width = store.batch(torch.zeros(1, dtype=torch.int64)).shape[1:]
         for option in ("color_jitter", "rand_augment"):
             if getattr(self.augmentation, option) is not None and channels != 3:
@@ -121,12 +141,20 @@ class VisionDataModule(ClassificationDataModule):
     def transform(self, batch: Batch, training: bool) -> Batch:
         """uint8 images to float32, augmented (in training) and normalised by `spec.mean` and `spec.std`."""
         images = batch["inputs"]
+        if images.dim() == 1:  # row numbers: the images are on the device already
+            images = self._kept(images.device)[images]
         mean, std = self._statistics(images.device)
         if training:
             decoded_cropped = self.examples is not None and isinstance(self.examples.inputs, LazyImages)
             images = self.augmentation(images, mean, crop=not decoded_cropped)
         batch["inputs"] = normalise(images, mean, std)
         return batch
+
+    def _kept(self, device: torch.device) -> torch.Tensor:
+        """The images of `cache=device` on this device."""
+        if device not in self._pixels:
+            self._pixels[device] = self.examples.inputs.on(device)
+        return self._pixels[device]
 
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation on the device; kept, since a copy from the host waits for the device."""
