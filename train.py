@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from bimamba import config
-from bimamba.checkpoint import checkpoint_spec, load_weights, read_checkpoint
+from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
 from bimamba.export import export
 from bimamba.loggers import finish_wandb
 from bimamba.runs import claimed, locate
@@ -43,7 +43,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     """
     cfg.ckpt_path = path = locate(cfg.ckpt_path, cfg.paths.log_dir, cfg.task_name, cfg.paths.output_dir)
     config.check(cfg)
-    checkpoint = read_checkpoint(path) if path else None
+    checkpoint = chosen_weights(read_checkpoint(path), cfg.weights) if path else None
     if checkpoint:
         cfg = config.with_checkpoint(cfg, checkpoint, overrides)
         cfg.ckpt_path = path
@@ -117,6 +117,7 @@ def make_callbacks(cfg: DictConfig) -> list[Callback]:
         LearningRateMonitor: not config.parts(cfg.logger),
     }
     callbacks = [instantiate(c) for c in config.parts(cfg.callbacks)]
+    callbacks = [c for c in callbacks if not getattr(c, "off", False)]
     return [c for c in callbacks if not any(isinstance(c, kind) and switch for kind, switch in off.items())]
 
 

@@ -83,6 +83,24 @@ def checkpoint_spec(checkpoint: Mapping[str, Any]) -> DataSpec:
     return DataSpec.from_dict(checkpoint["spec"])
 
 
+def chosen_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
+    """The checkpoint with the weights to be evaluated as its `state_dict`.
+
+    Args:
+        checkpoint: as read; with averaged weights (`callbacks.average`) it holds two sets.
+        weights: `average`, `raw`, or `auto`: the average where there is one.
+
+    Raises:
+        ValueError: another word, or no average in a checkpoint that is asked for it.
+    """
+    if weights not in ("auto", "average", "raw"):
+        raise ValueError(f"weights: expected auto, average or raw, got {weights!r}")
+    both = "current_model_state" in checkpoint
+    if weights == "average" and not both:
+        raise ValueError("weights=average: the checkpoint was trained without callbacks.average, it has one set only")
+    return {**checkpoint, "state_dict": checkpoint["current_model_state"]} if weights == "raw" and both else checkpoint
+
+
 def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Copy a checkpoint's weights into a module.
 

@@ -1,5 +1,6 @@
 """Callbacks of a run; configs/callbacks chooses among them and Lightning's own."""
 
+from .average import AverageWeights
 from .checkpoints import Checkpoints
 from .exact_resume import ExactResume
 from .examples import ExamplePredictions
@@ -10,6 +11,7 @@ from .save_predictions import SavePredictions
 from .throughput import Throughput
 
 __all__ = [
+    "AverageWeights",
     "Checkpoints",
     "ExactResume",
     "ExamplePredictions",

@@ -1,0 +1,73 @@
+"""An exponential moving average of the weights, evaluated and saved beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+
+
+class AverageWeights(WeightAveraging):
+    """`average ← decay · average + (1 - decay) · weights` after every optimizer step (Polyak & Juditsky 1992).
+
+    Validation, the choice of the best checkpoint and the test after the training measure the average. Checkpoints hold
+    it as `state_dict` and the weights themselves as `current_model_state`, so evaluations, exports and fine-tuning take
+    the average (`weights=raw` takes the others) and a resumed training goes on with both.
+
+    Args:
+        decay: in (0, 1); None: off.
+        warmup: begin with a shorter memory: the decay of update n is at most (1 + n) / (10 + n). Otherwise the first
+            1 / (1 - decay) steps show the initial weights more than the trained ones.
+        every_n_steps: optimizer steps between two updates.
+
+    Raises:
+        ValueError: a decay out of range, or (in setup) a strategy that shards the weights.
+    """
+
+    def __init__(self, decay: float | None = None, warmup: bool = True, every_n_steps: int = 1) -> None:
+        if decay is not None and not 0 < decay < 1:
+            raise ValueError(f"callbacks.average.decay: expected a number between 0 and 1, or null, got {decay}")
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.average.every_n_steps: expected at least 1, got {every_n_steps}")
+        # Buffers are copied, not averaged: ours are constants of the loss.
+        super().__init__(use_buffers=False, multi_avg_fn=self._mix)
+        self.decay, self.warmup, self.every_n_steps = decay, warmup, every_n_steps
+
+    @property
+    def off(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.decay is None
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None and (step_idx + 1) % self.every_n_steps == 0
+
+    @torch.no_grad()
+    def _mix(self, averages: list[Tensor], weights: list[Tensor], updates: Tensor) -> None:
+        assert self.decay is not None
+        n = int(updates)
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        torch._foreach_lerp_(averages, weights, 1 - decay)  # one launch, not one a tensor
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError("callbacks.average: weights that are sharded cannot be averaged; use trainer=ddp")
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            assert self._average_model is not None
+            counter = self._average_model.n_averaged
+            self._average_model.n_averaged = counter.cpu()  # reading it at each step must not wait for a GPU
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":  # else the average, which is there already, is what is to be measured
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pass  # not yet: a checkpoint may be saved after this, which must hold both
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._copy_average_to_current(pl_module)
+        self._average_model = None
