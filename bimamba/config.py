@@ -255,7 +255,7 @@ def _hydra_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str) 
 def register_resolvers() -> None:
     """`${run_dir:…}` and `${hydra_dir:…}` of configs/hydra, `${direction:…}` of Optuna's. None evaluates code."""
     OmegaConf.register_new_resolver("run_dir", _output_dir, replace=True)
-    OmegaConf.register_new_resolver("direction", lambda mode: {"min": "minimize", "max": "maximize"}[mode], replace=True)
+    OmegaConf.register_new_resolver("direction", {"min": "minimize", "max": "maximize"}.__getitem__, replace=True)
     OmegaConf.register_new_resolver("hydra_dir", _hydra_dir, replace=True, use_cache=True)
 
 

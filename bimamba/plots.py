@@ -186,3 +186,27 @@ def image_examples(images: np.ndarray, captions: Sequence[str], wrong: Sequence[
         axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
         axes.set_title(caption, fontsize=7, color=ORANGE if is_wrong else "black")
     return figure
+
+
+def repetitions(settings: Mapping[str, tuple[np.ndarray, float, float]], metric: str) -> Figure:
+    """Every run of each setting (grey), and the mean with its interval (blue).
+
+    Args:
+        settings: `{name: (values (n), low, high)}`; NaN bounds: no interval. metric: the axis.
+    """
+    longest = max(map(len, settings))
+    figure = new_figure(3.6 + min(0.07 * longest, 4), 1.0 + 0.42 * len(settings), dpi=200)
+    axes = figure.subplots()
+    for y, (values, low, high) in enumerate(settings.values()):
+        spread = np.linspace(-0.14, 0.14, len(values)) if len(values) > 1 else np.zeros(1)
+        axes.plot(values, y + spread, "o", color=GREY, alpha=0.6, markersize=3.5, markeredgewidth=0)
+        if not np.isnan(low):
+            axes.plot([low, high], [y, y], color=BLUE, linewidth=2, solid_capstyle="butt")
+        axes.plot([values.mean()], [y], "D", color=BLUE, markersize=5)
+    axes.set_yticks(range(len(settings)), [f"{name} (n={len(v)})" for name, (v, _, _) in settings.items()], fontsize=8)
+    axes.set(ylim=(len(settings) - 0.5, -0.5), xlabel=metric)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

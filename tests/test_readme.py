@@ -34,7 +34,7 @@ def test_commands_compose(command):
     config.register_resolvers()
     overrides = [a for a in shlex.split(command, comments=True)[2:] if a != "-m"]
     # a sweep's values one by one: the first stands for all
-    overrides = [re.sub(r"^(seed=\d+),.*", r"\1", o) for o in overrides]
+    overrides = [re.sub(r"^((?:seed|data\.fold)=\d+),.*", r"\1", o) for o in overrides]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", overrides)
     OmegaConf.to_container(OmegaConf.masked_copy(cfg, ["data", "model", "task"]), throw_on_missing=True)
