@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ TRUSTED = (
 )
 # Elsewhere only classes may be called: a function of a room may do more than make an object.
 FUNCTIONS = ("bimamba.loggers.", "bimamba.optim.")
+_OUTSIDE = re.compile(r"^[/\\~]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.($|[/\\])")
 _ALIASES = {"lightning.pytorch.Trainer": "lightning.pytorch.trainer.trainer.Trainer"}
 
 
@@ -75,6 +76,9 @@ def read_checkpoint(path: str | Path, key: str = "ckpt_path") -> dict[str, Any]:
     missing = [name for name in ("state_dict", "spec", "recipe") if name not in keys]
     if missing:
         raise ValueError(f"{key}: {path} was not written by this project's train.py: it lacks {', '.join(missing)}")
+    odd = [name for name in ("state_dict", "spec", "recipe") if not isinstance(checkpoint[name], Mapping)]
+    if odd:
+        raise ValueError(f"{key}: {path} was not written by this project's train.py: {odd[0]} is no mapping there")
     return checkpoint
 
 
@@ -150,6 +154,31 @@ def check_targets(config: Any, extra: Sequence[str] = (), where: str = "", trust
     elif isinstance(config, str) and has_resolver(config):
         # A resolver could read the environment of whoever loads the checkpoint.
         raise ValueError(f"{where}: the checkpoint's configuration holds a resolver, {config!r}, which is not trusted")
+
+
+def check_paths(config: Any, where: str, said: Collection[str]) -> None:
+    """Refuse a configuration that writes outside of its run's folder: paths from the root, from home, or through `..`.
+
+    What a training of this project writes lies under `${paths.output_dir}`, which the loader decides.
+
+    Args:
+        config: plain containers; callbacks, say. where: its key in the whole.
+        said: keys that the user has repeated on the command line, and so means.
+
+    Raises:
+        ValueError: such a path, with its key.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            check_paths(value, f"{where}.{key}", said)
+    elif isinstance(config, list | tuple):
+        for i, value in enumerate(config):
+            check_paths(value, f"{where}[{i}]", said)
+    elif isinstance(config, str) and where not in said and _OUTSIDE.search(config):
+        raise ValueError(
+            f"{where}: the checkpoint's configuration leads out of its run's folder, to {config!r}; if you mean that, "
+            f"repeat it on the command line: {where}={config}"
+        )
 
 
 def _check_target(target: Any, extra: Sequence[str], where: str, trusted: tuple[str, ...]) -> None:

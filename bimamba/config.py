@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bimamba.checkpoint import check_targets, did_you_mean, has_resolver
+from bimamba.checkpoint import check_paths, check_targets, did_you_mean, has_resolver
 from bimamba.runs import find_checkpoint
 
 STAGES = ("fit", "test", "export", "predict", "explain")
@@ -137,6 +137,9 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
     _refuse_other_recipes(groups, checkpoint.get("choices", {}))
     keys = [k for k in given if k not in OWN] if cfg.stage == "fit" else [k for k in EVALUATED if k in given]
     check_targets({k: given[k] for k in keys}, extra=cfg.extras.trusted_modules)
+    said = {o.key_or_group for o in typed}
+    for key in {"callbacks", "logger", "trainer"} & set(keys) - said:  # what writes
+        check_paths(given[key], key, said)
 
     # What a group override brings must be the group's own values, not those of the default experiment.
     others = [o.input_line for o in typed if o.key_or_group not in RECIPES and not o.key_or_group.startswith("hydra")]
