@@ -49,7 +49,7 @@ def export(cfg: DictConfig, checkpoint: Mapping[str, Any]) -> Path:
     load_weights(model, {"state_dict": state})
     model.eval()
 
-    facts = gather(Path(cfg.ckpt_path), checkpoint)
+    facts = gather(Path(cfg.ckpt_path), checkpoint, cfg.weights)
     facts |= {"name": cfg.export.repo or folder.name, "license": cfg.export.license}
     if cfg.export.program:
         what = (
@@ -88,12 +88,18 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         ) from error
 
 
-def gather(ckpt_path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What checkpoint and run folder know for the card: arguments of `model_card`."""
+def gather(ckpt_path: Path, checkpoint: Mapping[str, Any], weights: str = "auto") -> dict[str, Any]:
+    """What checkpoint and run folder know for the card: arguments of `model_card`.
+
+    Args:
+        ckpt_path: of the checkpoint. checkpoint: as read.
+        weights: see `bimamba.checkpoint.chosen_weights`; figures of the averaged weights say nothing of the raw ones.
+    """
     config = checkpoint.get("config", {})
     run = run_folder(ckpt_path)
     preflight = _read(run / "preflight.json") if run else {}
-    metrics, of = find_metrics(ckpt_path, config)
+    averaged = "current_model_state" in checkpoint
+    metrics, of = ({}, "") if averaged and weights == "raw" else find_metrics(ckpt_path, config)
     trainer = config.get("trainer", {})
     protocol = {
         "experiment": checkpoint.get("choices", {}).get("experiment"),
@@ -101,6 +107,7 @@ def gather(ckpt_path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "epochs": f"{checkpoint['epoch'] + 1} of {trainer.get('max_epochs')}" if "epoch" in checkpoint else None,
         "optimizer steps": checkpoint.get("global_step"),
         "chosen by": f"{config.get('monitor')} ({config.get('monitor_mode')})" if config.get("monitor") else None,
+        "weights": ("raw" if weights == "raw" else "averaged over the training") if averaged else None,
         "started from": config.get("model", {}).get("pretrained"),
         "frozen": config.get("model", {}).get("freeze"),
         **{k: trainer.get(k) for k in ("precision", "accumulate_grad_batches", "gradient_clip_val")},
