@@ -80,10 +80,12 @@ def _check_integers(kernel: JITFunction, arguments: dict[str, Any]) -> None:
 
 def _kind(value: Any) -> Any:
     """All of a run-time argument that Triton compiles for."""
+    if value is None:
+        return None
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if value is None or isinstance(value, float):
-        return type(value)
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "unaligned")
+    if isinstance(value, float):
+        return float
     if isinstance(value, int):
         return -(2**31) <= value < 2**31
     return value.base.dtype, *value.block_shape, len(value.shape)  # a tensor descriptor

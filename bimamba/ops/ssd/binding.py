@@ -175,27 +175,31 @@ def _problem(x, dt, A, B, C, dt_back, *rest, allow_tf32: bool) -> Problem:
 
 
 def _inputs(x, dt, A, B, C, dt_back, A_back, B_back, C_back, bias, bias_back, D, z, seq_idx, first, last, *_) -> Inputs:
-    def whole(t):
-        return None if t is None else t.contiguous()
-
     def exact(t):
-        return _contiguous(t, torch.float32)
+        return None if t is None else _whole(t.to(torch.float32))
 
-    x, dt, B, C, z, seq_idx = (whole(t) for t in (x, dt, B, C, z, seq_idx))
+    x, dt, B, C, z, seq_idx = (_whole(t) for t in (x, dt, B, C, z, seq_idx))
     A, bias, D, first, last = (exact(t) for t in (A, bias, D, first, last))
     untied = dt_back is not None
     return Inputs(
         x=x,
-        dt=(dt, whole(dt_back) if untied else dt),
+        dt=(dt, _whole(dt_back) if untied else dt),
         A=(A, exact(A_back) if untied else A),
-        B=(B, whole(B_back) if untied else B),
-        C=(C, whole(C_back) if untied else C),
+        B=(B, _whole(B_back) if untied else B),
+        C=(C, _whole(C_back) if untied else C),
         bias=(bias, exact(bias_back) if untied else bias),
         D=D,
         z=z,
         seq_idx=seq_idx,
         initial=(first, last),
     )
+
+
+def _whole(t: Tensor | None) -> Tensor | None:
+    """Contiguous, at an address that tensor descriptors take."""
+    if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _scan(*args):
@@ -230,7 +234,7 @@ def _scan_backward(dy, dends, *args):
     problem = _problem(*arguments, allow_tf32=allow_tf32)
     saved = Saved(*(t if t.numel() else None for t in (states, rows, ungated)))
     dends = None if dends is None else dends.to(torch.float32).contiguous()
-    grads = scan_backward(problem, _inputs(*arguments), saved, dy.contiguous(), dends)
+    grads = scan_backward(problem, _inputs(*arguments), saved, _whole(dy), dends)
     # An operator's outputs must not share memory, as two halves of one buffer would
     initial = (None, None) if grads.initial is None else (grads.initial[0].clone(), grads.initial[-1].clone())
     ordered = (

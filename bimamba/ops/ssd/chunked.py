@@ -182,6 +182,8 @@ def _own_states(reads: list[_Read], tied: bool, idx_bcq: Tensor | None) -> tuple
 def _pass(own: Tensor, decay: Tensor, state: Tensor | None, reverse: int) -> tuple[Tensor, Tensor]:
     """2. Runs states over chunks: what enters each, `(b, c, h, n, p)`, and the final state `(b, h, n, p)`."""
     carry = torch.zeros_like(own[:, 0]) if state is None else state
+    if torch.compiler.is_compiling():  # a loop over chunks would be compiled anew for each number of them
+        return _pass_at_once(own, decay, carry, reverse)
     before = []
     # unbind, not own[:, i]: the gradient of an index is a tensor of the full size, for every chunk
     chunks = list(zip(own.unbind(1), decay[..., None, None].unbind(1), strict=True))
@@ -191,6 +193,21 @@ def _pass(own: Tensor, decay: Tensor, state: Tensor | None, reverse: int) -> tup
     if reverse:
         before.reverse()
     return torch.stack(before, dim=1), carry
+
+
+def _pass_at_once(own: Tensor, decay: Tensor, state: Tensor, reverse: int) -> tuple[Tensor, Tensor]:
+    """`_pass` as one product with a (chunks + 1) x (chunks + 1) matrix of decays; `state (b, h, n, p)`."""
+    if reverse:
+        own, decay = own.flip(1), decay.flip(1)
+    own_bhjs = torch.cat([state[:, None], own], dim=1).transpose(1, 2).flatten(3)
+    # zero, where another sequence begins or a decay underflows, has no logarithm; the least number has one
+    a_bhi = F.pad(decay.clamp(min=torch.finfo(decay.dtype).tiny).log(), (0, 0, 1, 0)).mT
+    i = torch.arange(a_bhi.shape[-1], device=own.device)
+    sums = torch.where(i[:, None] > i, a_bhi[..., :, None], 0.0).cumsum(dim=-2)
+    decays = torch.exp(torch.where(i[:, None] >= i, sums, -torch.inf))
+    passed = (decays @ own_bhjs).unflatten(-1, own.shape[-2:]).transpose(1, 2)
+    before = passed[:, :-1]
+    return (before.flip(1) if reverse else before), passed[:, -1]
 
 
 def _add_states(y: Tensor, reads: list[_Read], before: list[Tensor], idx_bcq: Tensor | None) -> Tensor:

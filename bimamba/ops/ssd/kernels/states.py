@@ -70,6 +70,7 @@ def states_kernel(
     HAS_LEAVE: tl.constexpr,
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     BLOCKS_P: tl.constexpr = P2 // BLOCK_P
@@ -162,7 +163,9 @@ def states_kernel(
             if (o_p == 0) & (o_n == 0) & ((own == 0) | UNTIED):
                 tl.store(p_row + o_l + o_k, s)
                 tl.store(p_row + CHUNKS * K + o_l + o_k, delta)
-            w = tl.exp2(tl.where(own == 0, total - s, s - a)) * delta
+            # Not as `total - s`: these are large for strong decays, and the last rows would lose what float32 holds
+            to_right = (tl.cumsum(a, 0, reverse=True) - a) if EXACT else (total - s)
+            w = tl.exp2(tl.where(own == 0, to_right, s - a)) * delta
         cross = tl.exp2(total)
         if HAS_SEQ:
             # Only rows of the sequence at the edge that the state leaves by reach that edge
@@ -264,6 +267,7 @@ def chunk_states(
         HAS_LEAVE=leave[0] is not None,
         STAGES=config.states_stages,
         TMA=tma,
+        EXACT=problem.dtype == torch.float32,
         PRECISION=problem.precision,
         num_warps=config.states_warps,
     )
