@@ -1,14 +1,15 @@
-"""Parameter groups for AdamW, and step-wise learning-rate schedules: warm-up, then cosine, linear or constant."""
+"""Parameter groups for AdamW, and learning-rate schedules: warm-up, then cosine, linear, constant or plateau."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 _ENDLESS = "set trainer.max_epochs (with a data set of known length) or trainer.max_steps"
 
@@ -26,25 +27,62 @@ def undecayed_names(module: nn.Module) -> set[str]:
     return {n for n, p in module.named_parameters() if p.ndim <= 1 or getattr(p, "_no_weight_decay", False)}
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, undecayed: set[str] | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module,
+    weight_decay: float,
+    undecayed: set[str] | None = None,
+    layer_decay: float | None = None,
+    lr: float | None = None,
+) -> list[dict[str, Any]]:
     """The optimizer groups `decay` and `no_decay` of a module's trainable parameters; shared parameters come once.
 
     Args:
         module: whose parameters are meant.
         weight_decay: of the first group; the second has 0.
         undecayed: names for the second group, by default `undecayed_names(module)`.
+        layer_decay: in (0, 1]: each layer's learning rate is that of the layer above times this (Clark et al. 2020,
+            "ELECTRA"; Bao et al. 2022, "BEiT"), and each layer has groups of its own, `layer_0/decay` (the embedding)
+            to `layer_<depth + 1>/decay` (norm, pooling, head), which has the rate `lr`. None: one rate for all.
+        lr: the highest rate; needed with `layer_decay`.
+
+    Raises:
+        ValueError: a layer_decay out of range or without a rate.
     """
     undecayed = undecayed_names(module) if undecayed is None else undecayed
-    decay, no_decay = [], []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            plain = name.replace("_fsdp_wrapped_module.", "") in undecayed
-            (no_decay if plain else decay).append(parameter)
-    groups = [
-        {"name": "decay", "params": decay, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    if layer_decay is not None and (not 0 < layer_decay <= 1 or lr is None):
+        raise ValueError(f"layer_decay: expected a number in (0, 1] and an optimizer with lr, got {layer_decay}, {lr}")
+    named = {_plain(n): p for n, p in module.named_parameters() if p.requires_grad}
+    layers = (
+        dict.fromkeys(named, 0)
+        if layer_decay is None
+        else layer_numbers([_plain(n) for n, _ in module.named_parameters()])
+    )
+    top, groups = max(layers.values(), default=0), {}
+    for name, parameter in named.items():
+        kind, layer = ("no_decay" if name in undecayed else "decay"), layers[name]
+        key = kind if layer_decay is None else f"layer_{layer}/{kind}"
+        if key not in groups:
+            groups[key] = {"name": key, "params": [], "weight_decay": weight_decay if kind == "decay" else 0.0}
+            if layer_decay is not None:
+                groups[key]["lr"] = lr * layer_decay ** (top - layer)  # type: ignore[operator]
+        groups[key]["params"].append(parameter)
+    return sorted(groups.values(), key=lambda g: (layers[_first(named, g)], g["name"]))
+
+
+def layer_numbers(names: Iterable[str]) -> dict[str, int]:
+    """Number of the layer of each parameter: 0 the embedding, then the blocks, then all that comes after them."""
+    names = list(names)
+    blocks = {n: int(m.group(1)) + 1 for n in names if (m := re.search(r"(?:^|\.)blocks\.(\d+)\.", n))}
+    last = max(blocks.values(), default=0) + 1
+    return {n: blocks.get(n, 0 if re.search(r"(?:^|\.)embedding\.", n) else last) for n in names}
+
+
+def _plain(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def _first(named: dict[str, nn.Parameter], group: dict[str, Any]) -> str:
+    return next(name for name, parameter in named.items() if parameter is group["params"][0])
 
 
 def warmup_steps(warmup: int | float, total_steps: float) -> int:
@@ -108,6 +146,50 @@ def linear(optimizer: Optimizer, total_steps: float, warmup: int | float = 0, fi
     return _schedule(optimizer, total_steps, warmup, final_ratio, lambda t: 1 - t)
 
 
-def constant(optimizer: Optimizer, total_steps: float, warmup: int | float = 0) -> LambdaLR:
-    """Warm-up, then the base rate to the end. Arguments as of `cosine`."""
+def constant(optimizer: Optimizer, total_steps: float, warmup: int | float = 0, final_ratio: float = 1.0) -> LambdaLR:
+    """Warm-up, then the base rate to the end. Arguments as of `cosine`; `final_ratio` can only be 1."""
+    if final_ratio != 1:
+        raise ValueError(f"final_ratio: a constant rate ends as high as it was, expected 1, got {final_ratio}")
     return _schedule(optimizer, total_steps, warmup, 1.0, lambda t: 1.0)
+
+
+def plateau(
+    optimizer: Optimizer,
+    total_steps: float,
+    warmup: int | float = 0,
+    final_ratio: float = 0.01,
+    monitor: str = "val/loss",
+    mode: str = "min",
+    factor: float = 0.5,
+    patience: int = 5,
+    threshold: float = 1e-4,
+) -> list[dict[str, Any]]:
+    """Warm-up, then the base rate, times `factor` whenever the metric has not improved for `patience` epochs.
+
+    Args:
+        optimizer, total_steps, warmup: as of `cosine`.
+        final_ratio: the lowest rate divided by the base rate.
+        monitor, mode: the metric, and whether it should become small (`min`) or large (`max`).
+        factor: below 1. patience: epochs. threshold: the least relative improvement that counts.
+
+    Returns:
+        Schedulers as Lightning's `configure_optimizers` takes them.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    if mode not in ("min", "max") or not 0 < factor < 1 or patience < 0 or not 0 <= final_ratio <= 1:
+        raise ValueError(
+            "scheduler: expected mode min or max, 0 < factor < 1, patience of at least 0 and final_ratio in [0, 1], "
+            f"got {mode}, {factor}, {patience}, {final_ratio}"
+        )
+    first = warmup_steps(warmup, total_steps)
+    lowest = [group["lr"] * final_ratio for group in optimizer.param_groups]
+    schedulers: list[dict[str, Any]] = []
+    if first:  # LinearLR multiplies what it finds, and leaves the rate alone when it is done
+        rising = LinearLR(optimizer, start_factor=1 / (first + 1), total_iters=first)
+        schedulers.append({"scheduler": rising, "interval": "step", "name": "train/lr_warmup"})
+    # An interval of epochs: the metric is there after validation. ReduceLROnPlateau takes the rates from the groups.
+    falling = ReduceLROnPlateau(optimizer, mode, factor, patience, threshold, min_lr=lowest)
+    schedulers.append({"scheduler": falling, "interval": "epoch", "monitor": monitor, "name": "train/lr"})
+    return schedulers

@@ -168,6 +168,17 @@ def learning_curves(history: Sequence[Mapping[str, Any]], best_epoch: int | None
     return figure
 
 
+def rate_finder(rates: np.ndarray, losses: np.ndarray, found: float) -> Figure:
+    """Loss over the learning rate `(n,)` that rose from step to step, and the rate that was found."""
+    figure = new_figure(4.6, 3.2)
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=BLUE)
+    axes.axvline(found, color=ORANGE, linewidth=0.8, linestyle=":", label=f"{found:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss (smoothed)", title="learning rate finder")
+    axes.legend(fontsize=8)
+    return figure
+
+
 def image_examples(images: np.ndarray, captions: Sequence[str], wrong: Sequence[bool]) -> Figure:
     """A grid of pictures; captions of wrong predictions are orange.
 

@@ -99,3 +99,47 @@ def test_endless_training_needs_a_constant_rate():
     optim.constant(optimizer, total_steps=math.inf, warmup=3)
     with pytest.raises(ValueError, match="final_ratio"):
         optim.linear(optimizer, total_steps=9, final_ratio=2)
+
+
+def test_layers_learn_slower_the_lower_they_are():
+    net = Classifier(SPEC, d_model=32, depth=3)
+    groups = optim.parameter_groups(net, 0.3, layer_decay=0.5, lr=8.0)
+    names = {id(p): n for n, p in net.named_parameters()}
+    rate = {names[id(p)]: g["lr"] for g in groups for p in g["params"]}
+    assert len(rate) == len(names)
+    assert rate["head.proj.weight"] == rate["backbone.norm.weight"] == 8.0
+    assert {rate[n] for n in rate if n.startswith("backbone.blocks.0.")} == {1.0}
+    assert {rate[n] for n in rate if n.startswith("backbone.blocks.2.")} == {4.0}
+    assert {rate[n] for n in rate if n.startswith("embedding.")} == {0.5}
+    assert groups[0]["name"].startswith("layer_0/") and all("A_log" not in n for n in [g["name"] for g in groups])
+    free = {names[id(p)] for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert free == optim.undecayed_names(net)
+    with pytest.raises(ValueError, match=r"layer_decay: expected a number in \(0, 1\]"):
+        optim.parameter_groups(net, 0.3, layer_decay=1.5, lr=1.0)
+    with pytest.raises(ValueError, match="optimizer with lr"):
+        optim.parameter_groups(net, 0.3, layer_decay=0.5)
+
+
+def test_plateau_warms_up_and_falls_when_the_metric_stands_still():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    options = {"warmup": 2, "final_ratio": 0.2, "monitor": "val/mcc", "mode": "max", "patience": 0}
+    warm, falling = optim.plateau(optimizer, total_steps=100, **options)
+    assert warm["interval"] == "step" and falling["interval"] == "epoch" and falling["monitor"] == "val/mcc"
+    seen = []
+    for _ in range(4):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        warm["scheduler"].step()
+    assert seen == pytest.approx([2 / 3, 4 / 3, 2, 2])
+    for value, rate in ((0.1, 2.0), (0.2, 2.0), (0.2, 1.0), (0.1, 0.5), (0.3, 0.5), (0.0, 0.4), (0.0, 0.4)):
+        falling["scheduler"].step(value)
+        optimizer.step()
+        warm["scheduler"].step()  # leaves it alone
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+    with pytest.raises(ValueError, match="mode min or max"):
+        optim.plateau(optimizer, 10, mode="up")
+
+
+def test_constant_ends_as_high_as_it_was():
+    with pytest.raises(ValueError, match="final_ratio"):
+        optim.constant(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 9, final_ratio=0.5)

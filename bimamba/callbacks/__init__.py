@@ -4,9 +4,11 @@ from .average import AverageWeights
 from .checkpoints import Checkpoints
 from .exact_resume import ExactResume
 from .examples import ExamplePredictions
+from .finders import FindBatchSize, FindLearningRate
 from .gradient_norm import GradientNorm
 from .interrupt import SaveOnInterrupt
 from .learning_curves import LearningCurves
+from .model_size import ModelSize
 from .save_predictions import SavePredictions
 from .throughput import Throughput
 
@@ -15,8 +17,11 @@ __all__ = [
     "Checkpoints",
     "ExactResume",
     "ExamplePredictions",
+    "FindBatchSize",
+    "FindLearningRate",
     "GradientNorm",
     "LearningCurves",
+    "ModelSize",
     "SaveOnInterrupt",
     "SavePredictions",
     "Throughput",

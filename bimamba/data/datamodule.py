@@ -103,6 +103,7 @@ class ClassificationDataModule(LightningDataModule):
         persistent_workers: bool = True,
         prefetch_factor: int | None = None,
         drop_last: bool = False,
+        sampling: str = "shuffled",
         seed: int | None = 0,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
@@ -119,6 +120,9 @@ class ClassificationDataModule(LightningDataModule):
                 raise ValueError(f"data.{name}: expected at least 1, got {size}")
         if num_workers != "auto" and (not isinstance(num_workers, int) or num_workers < 0):
             raise ValueError(f"data.num_workers: expected a number or 'auto', got {num_workers!r}")
+        if sampling not in ("shuffled", "balanced"):
+            raise ValueError(f"data.sampling: expected shuffled or balanced, got {sampling!r}")
+        self.sampling = sampling
         self.source, self.path, self.task, self.predict = source, path, task, predict
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
@@ -303,10 +307,22 @@ class ClassificationDataModule(LightningDataModule):
                 seed=self.seed,
                 lengths=self._lengths(dataset.rows),
                 drop_last=self.drop_last,
+                weights=self._row_weights(),
                 **self._process(),
             ),
             begin=self._batches_done,
         )
+
+    def _row_weights(self) -> np.ndarray | None:
+        """With balanced sampling, one over the size of each training row's class: all classes are drawn alike."""
+        if self.sampling == "shuffled":
+            return None
+        if self.spec.problem not in ("multiclass", "binary"):
+            raise ValueError(
+                f"data.sampling=balanced: expected rows of one class each, the problem is {self.spec.problem}"
+            )
+        assert self.examples is not None and self.examples.labels is not None
+        return 1 / self.class_counts.numpy()[self.examples.labels.numpy()[self.splits["train"]]]
 
     def val_dataloader(self) -> DataLoader | list:
         """Every row once; an empty list where there is no validation set."""

@@ -34,6 +34,8 @@ class TrainBatches(DistributedSampler):
         lengths: int64 `(num_rows,)` to bucket by: batches hold rows of similar length (sorted within windows of 50
             batches), batches come in random order. None: plain shuffling.
         drop_last: leave out the last, smaller batch.
+        weights: `(num_rows,)`, how often a row is drawn relative to the others: an epoch is then `num_rows` draws with
+            replacement. None: every row once.
         rank, world_size: this process, and how many there are.
 
     Raises:
@@ -51,11 +53,13 @@ class TrainBatches(DistributedSampler):
         seed: int,
         lengths: np.ndarray | None = None,
         drop_last: bool = False,
+        weights: np.ndarray | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         super().__init__(range(num_rows), world_size, rank, shuffle=True, seed=seed, drop_last=drop_last)
         self.num_rows, self.batch_size, self.lengths = num_rows, batch_size, lengths
+        self.chances = None if weights is None else weights / weights.sum()
         if drop_last and num_rows < batch_size * world_size:
             raise ValueError(
                 f"data.drop_last: expected at least {batch_size * world_size} training rows "
@@ -64,7 +68,10 @@ class TrainBatches(DistributedSampler):
 
     def __iter__(self) -> Iterator[Draw]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.num_rows)
+        if self.chances is None:
+            order = rng.permutation(self.num_rows)
+        else:
+            order = rng.choice(self.num_rows, self.num_rows, p=self.chances)
         step = self.batch_size * self.num_replicas
         if self.drop_last:
             order = order[: len(order) // step * step]

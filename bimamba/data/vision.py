@@ -22,6 +22,7 @@ from bimamba.data.images import (
     look,
 )
 from bimamba.data.labels import LabelMap
+from bimamba.data.mix import Mix
 from bimamba.data.records import Records, Source
 from bimamba.spec import DataSpec
 
@@ -40,6 +41,7 @@ class VisionDataModule(ClassificationDataModule):
         cache: True: decode everything once and keep it; `"device"`: and keep a copy on the device, so that a batch is a
             gather there; False: decode at each use; `"auto"`: keep up to 2 GiB in memory.
         augment: options of `bimamba.data.augment.ImageAugmentation`.
+        mix: options of `bimamba.data.mix.Mix`.
         options: those of `ClassificationDataModule`.
 
     Raises:
@@ -58,6 +60,7 @@ class VisionDataModule(ClassificationDataModule):
         std: Sequence[float] | None = None,
         cache: bool | str = "auto",
         augment: Mapping[str, Any] | None = None,
+        mix: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(source, **options)
@@ -79,6 +82,7 @@ class VisionDataModule(ClassificationDataModule):
         self._on_device: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._pixels: dict[torch.device, torch.Tensor] = {}
         self.augmentation = ImageAugmentation(**(augment or {}))
+        self.mix = Mix(**(mix or {}))
 
     def _geometry(self, records: Records) -> Geometry:
         if self._spec is not None:  # a checkpoint's, or the training data's when predicting
@@ -139,7 +143,7 @@ class VisionDataModule(ClassificationDataModule):
         return None
 
     def transform(self, batch: Batch, training: bool) -> Batch:
-        """uint8 images to float32, augmented (in training) and normalised by `spec.mean` and `spec.std`."""
+        """uint8 images to float32, augmented (in training), normalised by `spec.mean` and `spec.std`, and mixed."""
         images = batch["inputs"]
         if images.dim() == 1:  # row numbers: the images are on the device already
             images = self._kept(images.device)[images]
@@ -148,6 +152,9 @@ class VisionDataModule(ClassificationDataModule):
             decoded_cropped = self.examples is not None and isinstance(self.examples.inputs, LazyImages)
             images = self.augmentation(images, mean, crop=not decoded_cropped)
         batch["inputs"] = normalise(images, mean, std)
+        if training and self.mix.on:
+            classes = len(self.spec.class_names) if self.spec.problem == "multiclass" else None
+            batch["inputs"], batch["label"] = self.mix(batch["inputs"], batch["label"], classes)
         return batch
 
     def _kept(self, device: torch.device) -> torch.Tensor:

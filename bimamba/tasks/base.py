@@ -24,7 +24,9 @@ class Task(LightningModule):
         spec: what the data are; saved in every checkpoint.
         optimizer: partial of an optimizer class; gets parameter groups with and without decay (see `bimamba.optim`).
         scheduler: partial of a schedule, `scheduler(optimizer, total_steps=…)` or, without such an argument,
-            `scheduler(optimizer)`; stepped once per optimizer step. None: the rate never changes.
+            `scheduler(optimizer)`; stepped once per optimizer step, or a list of Lightning's scheduler dicts. None: the
+            rate never changes.
+        layer_decay: see `optim.parameter_groups`.
         compile: compile the network with `torch.compile` for training and evaluation.
         checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
     """
@@ -37,20 +39,23 @@ class Task(LightningModule):
         scheduler: Callable[..., Any] | None = None,
         compile: bool = False,
         checkpoint_extras: dict[str, Any] | None = None,
+        layer_decay: float | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.spec = spec
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.layer_decay = layer_decay
         self.checkpoint_extras = checkpoint_extras or {}
         self.undecayed = undecayed_names(self)
         if compile:
             self.net.compile()
 
     def configure_optimizers(self) -> Any:
-        decay = self.optimizer.keywords.get("weight_decay", 0.0) if isinstance(self.optimizer, partial) else 0.0
-        optimizer = self.optimizer(parameter_groups(self, decay, self.undecayed))
+        options = self.optimizer.keywords if isinstance(self.optimizer, partial) else {}
+        decay, rate = options.get("weight_decay", 0.0), options.get("lr")
+        optimizer = self.optimizer(parameter_groups(self, decay, self.undecayed, self.layer_decay, rate))
         if self.scheduler is None:
             return optimizer
         if "total_steps" in inspect.signature(self.scheduler).parameters:
@@ -59,6 +64,8 @@ class Task(LightningModule):
             scheduler = self.scheduler(optimizer, total_steps=steps if steps > 0 else float("inf"))
         else:
             scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, list):
+            return [optimizer], scheduler
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},

@@ -91,19 +91,36 @@ class SampleLoss(nn.Module):
         self.weight.copy_(weight)
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:  # (b, outputs), (b) or (b, k) -> (b)
+        """Loss of each sample, `(b)`.
+
+        Args:
+            logits: `(b, outputs)`.
+            label: numbers of classes int64 `(b)` or, of mixed samples, their shares float (multiclass `(b, k)`, binary
+                `(b)`, of the positive class); multilabel and regression float `(b, k)`. The loss of a mixed sample is
+                that of its labels in their shares.
+        """
         logits = logits.float()
         if self.problem == "regression":
             return (logits - label.float()).square().mean(-1)
-        if self.problem == "multiclass":
+        if self.problem == "multiclass" and not label.is_floating_point():
             loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing, reduction="none")
             return loss * self.weight[label]
+        if self.problem == "multiclass":
+            each = -logits.log_softmax(-1)  # loss if this were the class
+            each = (1 - self.label_smoothing) * each + self.label_smoothing * each.mean(-1, keepdim=True)
+            return (label * self.weight * each).sum(-1)
+        if self.problem == "binary":
+            half, share = self.label_smoothing / 2, label.float()
+            no, yes = (self._binary(logits[:, 0], target) for target in (half, 1 - half))
+            return (1 - share) * self.weight[0] * no + share * self.weight[1] * yes
         target = label.float().view_as(logits)
         target = target * (1 - self.label_smoothing) + self.label_smoothing / 2
-        if self.problem == "binary":
-            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")[:, 0]
-            return loss * self.weight[label.long()]
         loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=self.weight, reduction="none")
         return loss.mean(-1)
+
+    @staticmethod
+    def _binary(logit: Tensor, target: float) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, target), reduction="none")
 
 
 def probabilities(spec: DataSpec, logits: Tensor) -> Tensor:

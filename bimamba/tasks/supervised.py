@@ -33,6 +33,7 @@ class SupervisedTask(Task):
             `scheduler(optimizer)`; stepped once per optimizer step. None: the rate never changes.
         label_smoothing, class_weights, pos_weight: see `losses.SampleLoss`. `"balanced"` reads the training split.
         calibration_bins, thresholds: see `metrics.make_metrics`.
+        layer_decay: see `optim.parameter_groups`.
         compile: compile the network with `torch.compile` for training and evaluation.
         checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
 
@@ -53,8 +54,9 @@ class SupervisedTask(Task):
         thresholds: int | None = None,
         compile: bool = False,
         checkpoint_extras: dict[str, Any] | None = None,
+        layer_decay: float | None = None,
     ) -> None:
-        super().__init__(net, spec, optimizer, scheduler, compile, checkpoint_extras)
+        super().__init__(net, spec, optimizer, scheduler, compile, checkpoint_extras, layer_decay)
         self.loss = SampleLoss(spec, label_smoothing, class_weights, pos_weight)
 
         self.train_loss = MeanMetric()
@@ -108,7 +110,9 @@ class SupervisedTask(Task):
         if self.spec.problem == "regression":
             label = label.float()
             return (probability[:, 0], label[:, 0]) if probability.shape[1] == 1 else (probability, label)
-        return probability, label.long()
+        if label.is_floating_point() and self.spec.problem == "multiclass":
+            return probability, label.argmax(-1)  # of a mixed sample: the class that has the larger share
+        return probability, (label + 0.5).long() if label.is_floating_point() else label
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.shared_step(batch, "train")

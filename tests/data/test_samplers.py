@@ -81,3 +81,12 @@ def test_buckets_hold_rows_of_similar_length_in_random_order():
     assert spread < 0.1 * plain
     means = [lengths[b].mean() for b in batches]
     assert means != sorted(means)
+
+
+def test_weights_decide_how_often_a_row_is_drawn():
+    label = np.repeat([0, 1], [900, 100])
+    weights = 1 / np.bincount(label)[label]
+    parts = [drawn(TrainBatches(1000, 50, seed=0, weights=weights, rank=r, world_size=2)) for r in (0, 1)]
+    rows = flat(parts[0]) + flat(parts[1])
+    assert len(rows) == 1000 and 440 < label[rows].sum() < 560
+    assert flat(drawn(TrainBatches(1000, 50, seed=0, weights=weights, rank=1, world_size=2))) == flat(parts[1])

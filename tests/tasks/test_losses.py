@@ -82,3 +82,20 @@ def test_probabilities():
     assert probabilities(spec("multiclass", 3), logits).sum(-1).tolist() == pytest.approx([1] * 4)
     assert probabilities(spec("binary", 2), logits[:, :1]).shape == (4,)
     assert probabilities(spec("regression", 3), logits).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("problem", "k"), [("multiclass", 3), ("binary", 2), ("multilabel", 3)])
+def test_the_loss_of_mixed_labels_is_that_of_both_in_their_shares(problem, k):
+    options = {"label_smoothing": 0.1, "class_weights": [1.0, 2.0, 0.5][:k]}
+    if problem == "multilabel":
+        options = {"label_smoothing": 0.1, "pos_weight": [1.0, 2.0, 0.5]}
+    loss = SampleLoss(spec(problem, k), **options)
+    logits = torch.randn(6, 1 if problem == "binary" else k)
+    one, two = torch.randint(k, (6,)), torch.randint(k, (6,))
+    if problem == "multilabel":
+        one, two = torch.randint(2, (6, k)).float(), torch.randint(2, (6, k)).float()
+    share = torch.rand(6)
+    each = share * loss(logits, one) + (1 - share) * loss(logits, two)
+    as_shares = [F.one_hot(y, k).float() if problem == "multiclass" else y.float() for y in (one, two)]
+    s = share.view(-1, *[1] * (as_shares[0].dim() - 1))
+    torch.testing.assert_close(loss(logits, s * as_shares[0] + (1 - s) * as_shares[1]), each)
