@@ -66,9 +66,8 @@ class Mix(nn.Module):
 
 
 def _beta(alpha: float, n: int, device: torch.device) -> Tensor:
-    return torch.distributions.Beta(*torch.full((2, 1), float(alpha), device=device), validate_args=False).sample((n,))[
-        :, 0
-    ]
+    both = torch.full((n,), float(alpha), device=device)
+    return torch.distributions.Beta(both, both, validate_args=False).sample()
 
 
 def _outside_a_rectangle(share: Tensor, height: int, width: int) -> Tensor:

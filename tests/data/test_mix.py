@@ -17,7 +17,7 @@ def test_mixup_mixes_pixels_and_labels_in_the_same_shares():
     label = torch.arange(400) % 7
     mixed, target = Mix(mixup=0.4)(x, label, 7)
     share = (mixed[1:, 0, 0, 0] - x[:-1, 0, 0, 0]) / (x[1:, 0, 0, 0] - x[:-1, 0, 0, 0])
-    assert (mixed == mixed[:, :1, :1, :1]).all() and 0 <= share.min() and share.max() <= 1
+    assert (mixed == mixed[:, :1, :1, :1]).all() and share.min() >= 0 and share.max() <= 1
     torch.testing.assert_close(target.gather(1, label[:, None])[1:, 0], share, rtol=0, atol=1e-3)
     torch.testing.assert_close(target.sum(1), torch.ones(400))
     assert share.mean() == pytest.approx(0.5, abs=0.08) and share.std() == pytest.approx((0.25 / 1.8) ** 0.5, abs=0.05)
