@@ -1,47 +1,15 @@
 """What an offline W&B run file contains, read back record by record."""
 
 import json
-import struct
-import time
 from pathlib import Path
 
 import pytest
 from runs import DIGITS, run, train
+from wandb_files import finished, history
 
-from bimamba.loggers import WandbLogger, finish_wandb
+from bimamba.loggers import SECTIONS, WandbLogger, finish_wandb, run_name, summary_of
 
-wandb_pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-
-BLOCK = 32768
-
-
-def records(path: Path):
-    """The records of a .wandb file: a 7-byte header, then LevelDB's log format (crc, length, type; 32 kB blocks)."""
-    data, at, parts = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if BLOCK - at % BLOCK < 7:  # no room for a header: the block's rest is padding
-            at += BLOCK - at % BLOCK
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or its last part
-            record = wandb_pb.Record()
-            record.ParseFromString(parts)
-            yield record
-            parts = b""
-
-
-def finished(folder: Path) -> list:
-    """All records of a folder's one run. W&B writes them in another process, which may be a moment behind."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    deadline = time.monotonic() + 30
-    found = list(records(path))
-    while not any(r.HasField("exit") for r in found):
-        assert time.monotonic() < deadline, f"{path} has no end after {len(found)} records"
-        time.sleep(0.2)
-        found = list(records(path))
-    return found
+pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +38,7 @@ def test_the_whole_resolved_configuration_is_there(offline):
 
 
 def test_metrics_rates_and_media_are_there(offline):
-    values: dict[str, list] = {}
-    for record in offline[2]:
-        for item in record.history.item:
-            values.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    values = history(offline[2])
     for name in (
         "train/loss",
         "train/grad_norm",
@@ -87,17 +52,83 @@ def test_metrics_rates_and_media_are_there(offline):
         assert name in values, f"{name} not in {sorted(values)}"
     assert any(name.startswith("train/lr") for name in values)
     assert values["test/accuracy"][-1] == pytest.approx(offline[1]["test/accuracy"])
-    for name in ("confusion_matrix/val", "confusion_matrix/test", "samples/val", "samples/test", "reliability/test"):
+    for name in ("val/confusion_matrix", "test/confusion_matrix", "samples/val", "samples/test", "test/reliability"):
         assert values[f"{name}/_type"][-1] == "images/separated", name
     assert len(values["val/accuracy"]) == 2
     files = list(offline[0].glob("wandb/offline-run-*/files/media/images/**/*.png"))
     assert len(files) >= 5
 
 
+def test_every_metric_has_a_section_an_axis_and_its_best_value_as_summary(offline):
+    logged = {name for name in history(offline[2]) if not name.startswith("_")}
+    assert {name.split("/")[0] for name in logged} - {"epoch", "trainer"} <= set(SECTIONS)
+    assert {"train", "val", "test", "performance", "model", "samples"} <= {name.split("/")[0] for name in logged}
+    defined = [r.metric for r in offline[2] if r.HasField("metric")]
+    globs = {m.glob_name: m.step_metric for m in defined if m.glob_name}
+    assert all(globs[f"{section}/*"] == "trainer/global_step" for section in SECTIONS)
+    flags = {m.name: {f.name for f, v in m.summary.ListFields() if v} for m in defined if m.name}
+    assert all(m.step_metric == "trainer/global_step" for m in defined if m.name.startswith("val/"))
+    for name, best in (("val/loss", "min"), ("val/accuracy", "max"), ("val/calibration_error", "min")):
+        assert flags[name] == {best}, name
+    assert flags["train/loss"] == {"min"} and flags["performance/samples_per_second"] == {"mean"}
+    assert "test/accuracy" not in flags  # it is measured once
+    hidden = [m.name for m in defined if m.options.hidden]
+    assert hidden == ["epoch"]
+
+
+def test_every_validation_metric_is_known_to_be_better_up_or_down():
+    """A metric that nobody thought of would get the wrong summary."""
+    from bimamba.spec import DataSpec
+    from bimamba.tasks.metrics import make_metrics
+
+    for problem in ("multiclass", "binary", "multilabel", "regression"):
+        spec = DataSpec("sequence", problem, ("a", "b"), alphabet="ACGTN", max_length=4)
+        up = {n.split("/")[1] for n in make_metrics(spec, "val/", 15, None) if summary_of(n) == "max"}
+        known = "accuracy balanced_accuracy sensitivity specificity f1 f1_macro mcc auroc average_precision exact_match"
+        assert up <= {*known.split(), "r2", "pearson", "spearman"}, up
+
+
+def test_the_run_is_named_and_grouped_after_its_experiment(offline):
+    (run_record,) = [r.run for r in offline[2] if r.HasField("run")]
+    assert run_record.run_group == "digits" and run_record.display_name == "digits"  # in-process: no command line
+    assert run_record.job_type == "fit" and list(run_record.tags) == ["digits", "image"]
+    typed = ["seed=3", "++model.depth=2", "experiment=digits", "logger.wandb.mode=offline", "paths.log_dir=/x"]
+    assert run_name("digits", "fit", typed) == "digits seed=3 model.depth=2"
+    assert run_name("digits", "test", ["stage=test", "ckpt_path=a.ckpt"]) == "digits test"
+    assert run_name(None, None, []) is None
+    assert len(run_name("digits", "fit", [f"data.path={'x' * 200}"])) == 128
+
+
+def test_the_code_is_kept(offline):
+    (code,) = [a for a in artifacts(offline[2]) if a.type == "code"]
+    paths = {entry.path for entry in code.manifest.contents}
+    assert {"train.py", "bimamba/loggers.py", "configs/train.yaml"} <= paths
+    assert not any(p.startswith(("logs", "data/", "tests", ".")) for p in paths)
+
+
+def artifacts(found):
+    sent = [r.request.log_artifact.artifact for r in found if r.request.HasField("log_artifact")]
+    return sent + [r.artifact for r in found if r.HasField("artifact")]
+
+
+def test_nothing_that_was_logged_is_missing_offline(offline):
+    """Every number of the run's CSV-like history and every picture it refers to lies in the offline folder."""
+    values = history(offline[2])
+    (files,) = offline[0].glob("wandb/offline-run-*/files")
+    shown = [name.removesuffix("/filenames") for name in values if name.endswith("/filenames")]
+    assert len(shown) >= 5
+    for name in shown:
+        for stored in values[f"{name}/filenames"]:
+            assert all((files / path).stat().st_size > 0 for path in stored), name
+    for name, value in offline[1].items():
+        if name.startswith("test/"):
+            assert values[name][-1] == pytest.approx(value), name
+    code = [a for a in artifacts(offline[2]) if a.type == "code"]
+    assert all(Path(e.local_path).is_file() for a in code for e in a.manifest.contents)
+
+
 def test_the_best_checkpoint_is_an_artifact_even_offline(offline):
-    artifacts = [r.request.log_artifact.artifact for r in offline[2] if r.request.HasField("log_artifact")]
-    artifacts += [r.artifact for r in offline[2] if r.HasField("artifact")]
-    models = [a for a in artifacts if a.type == "model"]
+    models = [a for a in artifacts(offline[2]) if a.type == "model"]
     assert any("best" in a.aliases for a in models)
 
 

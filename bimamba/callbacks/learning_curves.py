@@ -44,7 +44,7 @@ class LearningCurves(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self._draw(trainer, pl_module, key="confusion_matrix/val")
+            self._draw(trainer, pl_module, key="val/confusion_matrix")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero:

@@ -81,7 +81,7 @@ class SavePredictions(Callback):
         self, trainer: Trainer, spec: DataSpec, stage: str, probabilities: np.ndarray, labels: np.ndarray
     ) -> None:
         def save(figure: Any, name: str) -> None:
-            save_figure(trainer, figure, self.plot_dir, f"{name}_{stage}", f"{name}/{stage}")
+            save_figure(trainer, figure, self.plot_dir, f"{name}_{stage}", f"{stage}/{name}")
 
         if spec.problem == "regression":
             save(plots.regression_scatter(probabilities, labels, spec.class_names), "regression")
