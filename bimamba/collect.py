@@ -21,14 +21,14 @@ from omegaconf import OmegaConf
 
 REPEATED = ("seed", "data.seed", "data.fold")
 # Sections and keys that change nothing in what a run learns and measures.
-IGNORED = ("paths", "logger", "extras", "hydra", "explain", "export", "tags", "ckpt_path", "stage", "test")
-IGNORED += (
+IGNORED: tuple[str, ...] = (
+    *("paths", "logger", "extras", "hydra", "explain", "export", "tags", "ckpt_path", "stage", "test"),
     "optimized_metric",
     "trainer.default_root_dir",
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
+    *("data.num_workers", "data.pin_memory", "data.persistent_workers", "data.prefetch_factor"),
 )
-IGNORED += ("data.num_workers", "data.pin_memory", "data.persistent_workers", "data.prefetch_factor")
 
 
 @dataclass
@@ -119,8 +119,8 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
             return f"<run>{value[len(own) :]}"
         return repr(value)
 
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    keys = [k for k in keys if k not in REPEATED + IGNORED and k.split(".")[0] not in IGNORED]
+    found = dict.fromkeys(key for run in runs for key in run.config)
+    keys = [k for k in found if k not in REPEATED + IGNORED and k.split(".")[0] not in IGNORED]
     return [k for k in keys if len({shown(run, k) for run in runs}) > 1]
 
 

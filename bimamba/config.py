@@ -143,8 +143,8 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
 
     # What a group override brings must be the group's own values, not those of the default experiment.
     others = [o.input_line for o in typed if o.key_or_group not in RECIPES and not o.key_or_group.startswith("hydra")]
-    fresh = hydra.compose("train", ["~experiment", *others])
-    merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    fresh = hydra.compose("train", ["~experiment", *(o for o in others if o)])
+    merged: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     for key in keys:
         merged[key] = given[key]
     if cfg.stage != "fit":

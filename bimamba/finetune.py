@@ -6,13 +6,16 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba.pretrained import describe, read_pretrained
 from bimamba.spec import DataSpec
+
+if TYPE_CHECKING:
+    from bimamba.models import Classifier
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ POSITIONS = "embedding.positions.table"
 RENEWED = ("pooling.", "head.", "embedding.positions.")
 
 
-def load_pretrained(net: nn.Module, source: str | Path) -> list[str]:
+def load_pretrained(net: Classifier, source: str | Path) -> list[str]:
     """Puts a trained model's embedding and blocks into a classifier of the same architecture.
 
     Its head is taken where problem and class names are the same, else the head stays new; so do a pooling of another
@@ -48,7 +51,7 @@ def load_pretrained(net: nn.Module, source: str | Path) -> list[str]:
     """
     given = read_pretrained(source)
     where = f"model.pretrained: {given.origin}"
-    spec: DataSpec = net.spec
+    spec = net.spec
     _expect_same_inputs(given.spec, spec, where)
     _expect_same_model(given.model, describe(net.arguments), where)
     own, state = net.state_dict(), dict(given.state)
@@ -110,14 +113,14 @@ def resample(table: Tensor, there: DataSpec, here: DataSpec, size: int) -> Tenso
         return table
     grids = []
     for spec, n in ((there, len(table)), (here, size)):
-        assert spec.height is not None and spec.width is not None
-        rows = round((n * spec.height / spec.width) ** 0.5)
+        _, height, width = spec.image_shape
+        rows = round((n * height / width) ** 0.5)
         grids.append((rows, n // rows))
     planes = table.float().T.unflatten(1, grids[0])[None]  # 1 d rows columns
     return F.interpolate(planes, grids[1], mode="bicubic", antialias=True)[0].flatten(1).T.to(table.dtype)
 
 
-def frozen_parts(net: nn.Module, freeze: str | int | None) -> list[nn.Module]:
+def frozen_parts(net: Classifier, freeze: str | int | None) -> list[nn.Module]:
     """The modules that `model.freeze` names, in evaluation mode, their parameters without gradients.
 
     Args:
@@ -132,7 +135,7 @@ def frozen_parts(net: nn.Module, freeze: str | int | None) -> list[nn.Module]:
     if freeze is None:
         return []
     if freeze == "embedding":
-        found = [net.embedding]
+        found: list[nn.Module] = [net.embedding]
     elif freeze == "backbone":
         found = [net.embedding, net.backbone]
     elif isinstance(freeze, int) and not isinstance(freeze, bool) and 0 < freeze <= len(blocks):

@@ -9,19 +9,24 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save
+from torch import nn
 
 from bimamba.checkpoint import load_weights
 from bimamba.model_card import model_card
 from bimamba.pretrained import WEIGHTS, describe, find_folder, parts, read_folder, write_config
+from bimamba.spec import DataSpec
 
 
-class HubModel(ModelHubMixin, library_name="bimamba"):
+class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
     """What makes a module with `spec` and `arguments` one of the Hub. Mixed into `bimamba.models.Classifier`.
 
     From `ModelHubMixin`: `save_pretrained(folder, model_card_kwargs=…)`, which writes `config.json`,
     `model.safetensors` and, where there is none, `README.md`; and `push_to_hub(repo_id)`. `model_card_kwargs` are the
     arguments of `bimamba.model_card.model_card`.
     """
+
+    spec: DataSpec
+    arguments: dict[str, Any]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_config(save_directory, self.spec, describe(self.arguments))
@@ -32,7 +37,7 @@ class HubModel(ModelHubMixin, library_name="bimamba"):
         os.replace(whole, save_directory / WEIGHTS)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # no **model_kwargs: a typing error must not be swallowed
         cls,
         pretrained_model_name_or_path: str | Path,
         *,

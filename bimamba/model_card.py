@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
-from torch import nn
 
 import bimamba
 from bimamba.spec import DataSpec
+
+if TYPE_CHECKING:
+    from bimamba.hub import HubModel
 
 # Options that decide how fast a training runs, or nothing at all for who reads the card.
 HOUSEKEEPING = {
@@ -53,7 +55,7 @@ logits = model(inputs, mask=inputs > 0)  # (2, {outputs})"""
 
 
 def model_card(
-    model: nn.Module,
+    model: HubModel,
     *,
     name: str | None = None,
     data: Mapping[str, Any] | None = None,
@@ -80,7 +82,7 @@ def model_card(
     Returns:
         The card; what nobody told is said to be unknown.
     """
-    spec: DataSpec = model.spec
+    spec = model.spec
     title = (name or "bimamba classifier").rstrip("/").rpartition("/")[2]
     count = sum(p.numel() for p in model.parameters())
     code = IMAGE_CODE if spec.kind == "image" else SEQUENCE_CODE
@@ -130,7 +132,7 @@ def _outputs(spec: DataSpec) -> str:
     }[spec.problem]
 
 
-def _arguments(model: nn.Module) -> dict[str, Any]:
+def _arguments(model: HubModel) -> dict[str, Any]:
     from bimamba.pretrained import describe
 
     return describe(model.arguments)

@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 
+from bimamba.hub import HubModel
 from bimamba.spec import DataSpec
 
 BATCHES = (1, 5)  # sizes that the program is checked at; neither is the one it was traced with
 TOLERANCE = 1e-5  # of float32 outputs, relative to the largest; what was measured is 0 to 4e-7
 
 
-def export_program(model: nn.Module, path: Path) -> None:
+def export_program(model: HubModel, path: Path) -> None:
     """Write a classifier as `torch.export` program, through the PyTorch path (no kernels), the batch size dynamic.
 
     Inputs are those of the classifier: images `(b, c, height, width)`; or token ids `(b, spec.max_length)` and the mask
@@ -47,7 +48,7 @@ def export_program(model: nn.Module, path: Path) -> None:
         model.train(training)
 
 
-def check(model: nn.Module, program: ExportedProgram) -> None:
+def check(model: HubModel, program: ExportedProgram) -> None:
     """Compares a program with its model at two batch sizes.
 
     Raises:
@@ -69,12 +70,10 @@ def example(spec: DataSpec, size: int) -> tuple[Tensor, ...]:
     """Inputs of a model: normalised noise, or random letters, rows of different lengths."""
     generator = torch.Generator().manual_seed(size)
     if spec.kind == "image":
-        assert spec.channels is not None and spec.height is not None and spec.width is not None
-        return (torch.randn(size, spec.channels, spec.height, spec.width, generator=generator),)
-    assert spec.max_length is not None
-    lengths = torch.randint(1, spec.max_length + 1, (size, 1), generator=generator)
-    mask = torch.arange(spec.max_length) < lengths
-    tokens = torch.randint(1, spec.num_tokens, (size, spec.max_length), generator=generator)
+        return (torch.randn(size, *spec.image_shape, generator=generator),)
+    lengths = torch.randint(1, spec.longest + 1, (size, 1), generator=generator)
+    mask = torch.arange(spec.longest) < lengths
+    tokens = torch.randint(1, spec.num_tokens, (size, spec.longest), generator=generator)
     return tokens * mask, mask
 
 

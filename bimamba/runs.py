@@ -84,7 +84,7 @@ def claimed(output_dir: str | Path, fresh: bool) -> Iterator[None]:
     Raises:
         ValueError: another run writes there at this moment, or `fresh` and there are checkpoints.
     """
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         yield
         return
     output_dir = Path(output_dir)

@@ -66,10 +66,27 @@ class DataSpec:
         return 1 if self.problem == "binary" else len(self.class_names)
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of images."""
+        assert self.channels is not None and self.height is not None and self.width is not None, "data are no images"
+        return self.channels, self.height, self.width
+
+    @property
+    def letters(self) -> str:
+        """The alphabet of sequences."""
+        assert self.alphabet is not None, "data are no sequences"
+        return self.alphabet
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sequence."""
+        assert self.max_length is not None, "data are no sequences"
+        return self.max_length
+
+    @property
     def num_tokens(self) -> int:
         """Size of a sequence's vocabulary, padding included."""
-        assert self.alphabet is not None
-        return len(self.alphabet) + 1
+        return len(self.letters) + 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers: loads under `weights_only=True` and prints as JSON."""

@@ -172,7 +172,8 @@ class GenomeDataModule(ClassificationDataModule):
         assert self.windows is not None, "preflight() comes after setup()"
         windows = self.windows
         sample = np.unique(np.linspace(0, len(windows) - 1, SAMPLED).astype(int))
-        counts = sum(np.bincount(windows.tokens(int(i)), minlength=len(self.alphabet) + 1) for i in sample)[1:]
+        letters = np.concatenate([windows.tokens(int(i)) for i in sample])
+        counts = np.bincount(letters, minlength=len(self.alphabet) + 1)[1:]
         known = counts[:-1] / max(counts[:-1].sum(), 1)
         if not counts[:-1].any():
             raise ValueError(f"{windows.fasta.path}: expected some of the letters {self.alphabet[:-1]}, found none")

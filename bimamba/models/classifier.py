@@ -74,7 +74,7 @@ class Head(nn.Module):
         return self.proj(self.dropout(x))
 
 
-class Classifier(nn.Module, HubModel):
+class Classifier(HubModel):
     """Classifies images or sequences; also multilabel and regression, by the spec's `num_outputs`.
 
     Args:
@@ -174,7 +174,7 @@ class Classifier(nn.Module, HubModel):
         if seq_idx is None:
             x, mask, _ = self.pooling.insert(self.embedding(inputs, mask), mask)
             return self.pooling(self.backbone(x, mask), mask)
-        packing = packing_of(seq_idx, mask) if order is None else Packing(seq_idx, bounds, order)
+        packing = packing_of(seq_idx, mask) if order is None or bounds is None else Packing(seq_idx, bounds, order)
         x, mask, packing = self.pooling.insert(self.embedding(inputs, mask, packing), mask, packing)
         return self.pooling(self.backbone(x, mask, packing.seq_idx), mask, packing)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bimamba.nn.decay import undecayed
 from bimamba.packing import Packing, positions
 from bimamba.spec import DataSpec
 
@@ -31,8 +32,7 @@ class Positions(nn.Module):
             raise ValueError(f"positions: expected one of {POSITIONS}, got {kind!r}")
         self.kind, self.d_model, self.max_length = kind, d_model, max_length
         if kind == "learned":
-            self.table = nn.Parameter(torch.empty(max_length, d_model).normal_(std=0.02))
-            self.table._no_weight_decay = True
+            self.table = undecayed(nn.Parameter(torch.empty(max_length, d_model).normal_(std=0.02)))
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         if self.kind == "none":
@@ -70,8 +70,9 @@ class PixelEmbedding(nn.Module):
     def __init__(self, spec: DataSpec, d_model: int, positions: str = "learned") -> None:
         super().__init__()
         _expect_kind(spec, "image", "pixels")
-        self.proj = nn.Linear(spec.channels, d_model)
-        self.positions = Positions(positions, d_model, spec.height * spec.width)
+        channels, height, width = spec.image_shape
+        self.proj = nn.Linear(channels, d_model)
+        self.positions = Positions(positions, d_model, height * width)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.positions(self.proj(inputs.flatten(2).transpose(1, 2)))
@@ -88,10 +89,11 @@ class PatchEmbedding(nn.Module):
     def __init__(self, spec: DataSpec, d_model: int, patch_size: int = 4, positions: str = "learned") -> None:
         super().__init__()
         _expect_kind(spec, "image", "patches")
-        if spec.height % patch_size or spec.width % patch_size:
-            raise ValueError(f"patch_size: expected a divisor of {spec.height} and {spec.width}, got {patch_size}")
-        self.proj = nn.Conv2d(spec.channels, d_model, patch_size, stride=patch_size)
-        self.positions = Positions(positions, d_model, spec.height * spec.width // patch_size**2)
+        channels, height, width = spec.image_shape
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"patch_size: expected a divisor of {height} and {width}, got {patch_size}")
+        self.proj = nn.Conv2d(channels, d_model, patch_size, stride=patch_size)
+        self.positions = Positions(positions, d_model, height * width // patch_size**2)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.positions(self.proj(inputs).flatten(2).transpose(1, 2))
@@ -104,7 +106,7 @@ class NucleotideEmbedding(nn.Module):
         super().__init__()
         _expect_kind(spec, "sequence", "nucleotides")
         self.embed = nn.Embedding(spec.num_tokens, d_model, padding_idx=0)
-        self.positions = Positions(positions, d_model, spec.max_length)
+        self.positions = Positions(positions, d_model, spec.longest)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         return self.positions(self.embed(inputs), packing)

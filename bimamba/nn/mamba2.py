@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bimamba.nn.decay import undecayed
 from bimamba.ops.conv1d import ACTIVATIONS, depthwise_conv1d
 from bimamba.ops.gated_norm import rms_norm_gated
 from bimamba.ops.ssd import bimamba_chunk_scan_combined, mamba_chunk_scan_combined
@@ -95,17 +97,17 @@ class _Mamba2(nn.Module):
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
         if learnable_init_states:
             states = torch.zeros(2 if self.bidirectional else 1, self.nheads, headdim, d_state, **factory)
-            self.init_states = _no_decay(nn.Parameter(states))
+            self.init_states = undecayed(nn.Parameter(states))
         else:
             self.register_parameter("init_states", None)
 
         heads = self.directions * self.nheads
         dt = torch.exp(torch.rand(heads, device=device) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
         dt = dt.clamp(min=dt_init_floor)
-        self.dt_bias = _no_decay(nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype)))  # softplus inverted
+        self.dt_bias = undecayed(nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype)))  # softplus inverted
         A = torch.empty(heads, device=device).uniform_(*A_init_range)
-        self.A_log = _no_decay(nn.Parameter(torch.log(A).to(dtype)))
-        self.D = _no_decay(nn.Parameter(torch.ones(self.nheads, **factory)))
+        self.A_log = undecayed(nn.Parameter(torch.log(A).to(dtype)))
+        self.D = undecayed(nn.Parameter(torch.ones(self.nheads, **factory)))
         self.norm = RMSNormGated(self.d_inner, norm_before_gate=norm_before_gate, **factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
@@ -151,7 +153,7 @@ class _Mamba2(nn.Module):
 
     def _scan(self, x: Tensor, dt: Tensor, Bs: list[Tensor], Cs: list[Tensor], mask, seq_idx) -> Tensor:
         A = -torch.exp(self.A_log.float())
-        options = dict(dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit)
+        options: dict[str, Any] = dict(dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit)
         if mask is not None:
             if self.dt_limit[0] > 0.0:  # a step size of zero at padding lies outside the limit: clamp before masking
                 dt = (
@@ -165,19 +167,17 @@ class _Mamba2(nn.Module):
         states = None
         if self.init_states is not None:
             states = self.init_states[:, None].expand(-1, x.shape[0], -1, -1, -1)
-        common = dict(chunk_size=self.chunk_size, D=self.D, seq_idx=seq_idx)
+        options |= dict(chunk_size=self.chunk_size, D=self.D, seq_idx=seq_idx)
         if not self.bidirectional:
-            initial = None if states is None else states[0]
-            return mamba_chunk_scan_combined(x, dt, A, Bs[0], Cs[0], initial_states=initial, **common, **options)
+            options["initial_states"] = None if states is None else states[0]
+            return cast(Tensor, mamba_chunk_scan_combined(x, dt, A, Bs[0], Cs[0], **options))
+        shared: dict[str, Any] = dict(dt=dt, A=A, B=Bs[0], C=Cs[0])
         if not self.tied:
-            dt, A = dt.chunk(2, dim=-1), A.chunk(2)
-            if options:
+            shared = dict(dt=dt.chunk(2, dim=-1), A=A.chunk(2), B=tuple(Bs), C=tuple(Cs))
+            if "dt_bias" in options:
                 options["dt_bias"] = self.dt_bias.chunk(2)
-        B, C = (Bs[0], Cs[0]) if self.tied else (tuple(Bs), tuple(Cs))
-        initial = None if states is None else (states[0], states[1])
-        return bimamba_chunk_scan_combined(
-            x, dt, A, B, C, initial_states=initial, shift=self.shift, **common, **options
-        )
+        options["initial_states"] = None if states is None else (states[0], states[1])
+        return cast(Tensor, bimamba_chunk_scan_combined(x, **shared, shift=self.shift, **options))
 
     def extra_repr(self) -> str:
         return f"nheads={self.nheads}, headdim={self.headdim}, d_state={self.d_state}, ngroups={self.ngroups}"
@@ -280,8 +280,3 @@ class Mamba2(_Mamba2):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(**arguments)
 
-
-def _no_decay(parameter: nn.Parameter) -> nn.Parameter:
-    """Marks a parameter that weight decay must not touch (`bimamba.optim` reads the mark)."""
-    parameter._no_weight_decay = True
-    return parameter

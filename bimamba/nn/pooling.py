@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bimamba.nn.decay import undecayed
 from bimamba.packing import Packing, members, pick
 
 
@@ -87,8 +88,7 @@ class ClassTokenPooling(Pooling):
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model)
-        self.token = nn.Parameter(torch.empty(d_model).normal_(std=0.02))
-        self.token._no_weight_decay = True
+        self.token = undecayed(nn.Parameter(torch.empty(d_model).normal_(std=0.02)))
 
     def insert(
         self, x: Tensor, mask: Tensor | None, packing: Packing | None = None

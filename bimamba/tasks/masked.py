@@ -35,6 +35,8 @@ class MaskedTokenTask(Task):
         ValueError: a smoothing outside [0, 1), or at the first batch a network that has no output a token.
     """
 
+    epoch_metrics: Any  # ModuleDicts of metrics; torch knows their values as plain modules
+
     def __init__(
         self,
         net: nn.Module,

@@ -137,7 +137,7 @@ def make_metrics(spec: DataSpec, prefix: str, n_bins: int = 15, thresholds: int 
         "multiclass": lambda: _multiclass(k, n_bins, thresholds),
         "multilabel": lambda: _multilabel(k, n_bins, thresholds),
     }[spec.problem]()
-    return MetricCollection(metrics, prefix=prefix)
+    return MetricCollection(dict[str, Metric | MetricCollection](metrics), prefix=prefix)
 
 
 def make_train_metric(spec: DataSpec) -> Metric | None:

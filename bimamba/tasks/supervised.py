@@ -41,6 +41,11 @@ class SupervisedTask(Task):
         ValueError: an option that the problem does not have.
     """
 
+    # ModuleDicts of metrics; torch knows their values as plain modules
+    epoch_metrics: Any
+    epoch_losses: Any
+    epoch_confusion: Any
+
     def __init__(
         self,
         net: nn.Module,
@@ -135,8 +140,8 @@ class SupervisedTask(Task):
     # --------------------------------------------------------------------------------------------- ends of epochs
 
     def on_validation_epoch_end(self) -> None:
-        values = self._finish("val")  # every process holds the same values: syncing them again changes nothing
-        shown = {k: values.pop(k) for k in ("val/loss", "val/accuracy", "val/r2") if k in values}
+        values: dict[str, Any] = self._finish("val")  # every process holds the same values: syncing them again changes nothing
+        shown: dict[str, Any] = {k: values.pop(k) for k in ("val/loss", "val/accuracy", "val/r2") if k in values}
         self.log_dict(shown, sync_dist=True, prog_bar=True)
         self.log_dict(values, sync_dist=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def bimamba_chunk_scan_combined(
 
     float32 products are exact unless `torch.set_float32_matmul_precision("high")` allows TF32.
     """
-    shared = dict(dt=dt, A=A, B=B, C=C, dt_bias=dt_bias)
+    shared: dict[str, Any] = dict(dt=dt, A=A, B=B, C=C, dt_bias=dt_bias)
     forward = Direction(**{k: v[0] if _is_pair(v, k) else v for k, v in shared.items()})
     untied = any(isinstance(v, (tuple, list)) for v in shared.values())
     backward = Direction(**{k: v[1] if _is_pair(v, k) else v for k, v in shared.items()}) if untied else forward
@@ -95,13 +96,16 @@ def bimamba_chunk_scan_combined(
         dt_softplus=dt_softplus,
         dt_limit=dt_limit,
         seq_idx=seq_idx,
-        initial_states=tuple(initial_states),
+        initial_states=(initial_states[0], initial_states[1]),
         return_final_states=return_final_states,
         backend=backend,
         shift=shift,
         save_states=save_states,
     )
-    return (y, (final_forward, final_backward)) if return_final_states else y
+    if not return_final_states:
+        return y
+    assert final_forward is not None and final_backward is not None
+    return y, (final_forward, final_backward)
 
 
 def mamba_chunk_scan_combined(
@@ -146,7 +150,10 @@ def mamba_chunk_scan_combined(
         shift=False,
         save_states=save_states,
     )
-    return (y, final) if return_final_states else y
+    if not return_final_states:
+        return y
+    assert final is not None
+    return y, final
 
 
 def _scan(
@@ -170,8 +177,8 @@ def _scan(
             x, forward, backward, return_final_states=return_final_states, save_states=save_states, **options
         )
     if backend == "reference":
-        y, *finals = ssd_reference(x, forward, backward, **options)
-        return y.to(x.dtype), *finals
+        y, final_forward, final_backward = ssd_reference(x, forward, backward, **options)
+        return y.to(x.dtype), final_forward, final_backward
     q = best_chunk(x.shape[1], x.shape[-1], forward.B.shape[-1])
     q = min(chunk_size or q, q)
     return ssd_chunked(x, forward, backward, chunk_size=q, return_final_states=return_final_states, **options)
@@ -180,14 +187,13 @@ def _scan(
 def _triton(x: Tensor, forward: Direction, backward: Direction | None, *, initial_states, **options):
     from . import binding
 
-    own = {}
+    own: dict[str, Any] = {}
     if backward is not None and backward is not forward:
         own = {f"{name}_back": value for name, value in backward._asdict().items()}
     allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     return binding.chunk_scan(
         x,
-        *forward[:4],
-        dt_bias=forward.dt_bias,
+        **forward._asdict(),
         **own,
         initial_states=initial_states,
         bidirectional=backward is not None,

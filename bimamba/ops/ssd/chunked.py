@@ -89,7 +89,7 @@ def ssd_chunked(
         y = torch.addcmul(y, (D if D.dim() == 2 else D[:, None]).to(dtype), x.to(dtype))
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    return (y.to(x.dtype), *finals[:2]) if return_final_states else (y.to(x.dtype), None, None)
+    return (y.to(x.dtype), finals[0], finals[1]) if return_final_states else (y.to(x.dtype), None, None)
 
 
 def best_chunk(l: int, p: int, n: int) -> int:
@@ -153,12 +153,11 @@ def _within(reads: list[_Read], tied: bool, shift: bool, idx_bcq: Tensor | None)
         else:  # and here to both
             CB = CB * (1.0 + torch.eye(q, dtype=CB.dtype, device=CB.device))
         return apply(CB, both, same, reads[0].xd)
-    y = None
+    parts = []
     for reverse, read in enumerate(reads):
         triangle = lower.T if reverse else lower
-        part = apply(product(read), exponent(reverse), triangle if same is None else triangle & same, read.xd)
-        y = part if y is None else y + part
-    return y
+        parts.append(apply(product(read), exponent(reverse), triangle if same is None else triangle & same, read.xd))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _own_states(reads: list[_Read], tied: bool, idx_bcq: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
