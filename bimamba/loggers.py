@@ -56,15 +56,21 @@ def run_name(task_name: str | None, stage: str | None, overrides: Sequence[str])
     return (name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…") or None
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
     """Whether `wandb` has a key for its host: in the environment or in a netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    if given := os.environ.get("WANDB_BASE_URL"):
+        hosts = [given]
+    else:  # W&B has changed its own host between versions; it takes the old one's key for the new one too
+        import wandb
+
+        hosts = [wandb.Settings().base_url, "https://api.wandb.ai"]
     for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         if name and (path := Path(name).expanduser()).is_file():
             try:
-                return netrc.netrc(path).authenticators(host) is not None
+                known = netrc.netrc(path)
+                return any(known.authenticators(urlparse(host).netloc) is not None for host in hosts)
             except netrc.NetrcParseError:
                 return False
     return False
@@ -104,7 +110,7 @@ class WandbLogger(loggers.WandbLogger):
         **options: Any,
     ) -> None:
         modes = ("online", "offline", "disabled", "shared")
-        mode = mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        mode = mode or os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
         mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # names that older versions of wandb used
         if mode not in modes:
             raise ValueError(f"logger.wandb.mode: expected one of {', '.join(modes)}, or null, got {mode!r}")

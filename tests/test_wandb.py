@@ -147,7 +147,14 @@ def test_nobody_logged_in_is_offline_and_the_run_is_found_again(tmp_path, monkey
     assert WandbLogger(str(tmp_path)).mode == "offline"
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.delenv("WANDB_MODE")
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    import wandb
+
+    # what `wandb login` of this and of older versions writes, a server of one's own, and another host's key
+    own = wandb.Settings().base_url.removeprefix("https://")
+    for host, mode in ((own, "online"), ("api.wandb.ai", "online"), ("example.com", "offline")):
+        (tmp_path / ".netrc").write_text(f"machine {host} login user password secret\n")
+        assert WandbLogger(str(tmp_path)).mode == mode, host
+    monkeypatch.setenv("WANDB_BASE_URL", "https://example.com")
     assert WandbLogger(str(tmp_path)).mode == "online"
     with pytest.raises(ValueError, match="expected one of online"):
         WandbLogger(str(tmp_path), mode="offlin")
