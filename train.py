@@ -12,7 +12,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
@@ -61,11 +61,11 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     if cfg.seed is not None:  # 0 is a seed
         seed_everything(cfg.seed, workers=True)
 
-    explanation = instantiate(cfg.explain) if cfg.stage == "explain" else None
+    explanation: Any = instantiate(cfg.explain) if cfg.stage == "explain" else None
     if checkpoint and cfg.stage == "export":
         export(cfg, checkpoint)
         return {}
-    datamodule: LightningDataModule = instantiate(cfg.data)
+    datamodule: Any = instantiate(cfg.data)  # a LightningDataModule with `spec`, `sizes` and `preflight`: see bimamba.data
     if checkpoint:
         datamodule.expect(checkpoint_spec(checkpoint))
     data_stage = config.data_stage(cfg)
@@ -128,7 +128,7 @@ def make_loggers(cfg: DictConfig) -> list[Any] | bool:
 
 def best_score(trainer: Trainer) -> dict[str, float]:
     """The monitored metric at its best epoch, which is the one of the checkpoint that is tested."""
-    callback = trainer.checkpoint_callback
+    callback: Any = trainer.checkpoint_callback
     score = getattr(callback, "best_model_score", None)
     return {callback.monitor: float(score)} if score is not None and callback.monitor else {}
 

@@ -8,7 +8,7 @@ import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from hydra.core.hydra_config import HydraConfig
@@ -103,7 +103,7 @@ class WandbLogger(loggers.WandbLogger):
         self,
         save_dir: str,
         mode: str | None = None,
-        log_model: bool | str = False,
+        log_model: Literal["all"] | bool = False,
         id: str | None = None,
         name: str | None = None,
         log_code: bool = False,
@@ -165,7 +165,7 @@ def _run_id(save_dir: Path) -> str:
     if path.is_file():
         return path.read_text().strip()
     run_id = secrets.token_hex(4)  # as long as W&B's own
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(run_id + "\n")
     return run_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -57,7 +57,8 @@ def parameter_groups(
         if layer_decay is None
         else layer_numbers([_plain(n) for n, _ in module.named_parameters()])
     )
-    top, groups = max(layers.values(), default=0), {}
+    top = max(layers.values(), default=0)
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named.items():
         kind, layer = ("no_decay" if name in undecayed else "decay"), layers[name]
         key = kind if layer_decay is None else f"layer_{layer}/{kind}"
@@ -190,6 +191,6 @@ def plateau(
         rising = LinearLR(optimizer, start_factor=1 / (first + 1), total_iters=first)
         schedulers.append({"scheduler": rising, "interval": "step", "name": "train/lr_warmup"})
     # An interval of epochs: the metric is there after validation. ReduceLROnPlateau takes the rates from the groups.
-    falling = ReduceLROnPlateau(optimizer, mode, factor, patience, threshold, min_lr=lowest)
+    falling = ReduceLROnPlateau(optimizer, cast(Literal["min", "max"], mode), factor, patience, threshold, min_lr=lowest)
     schedulers.append({"scheduler": falling, "interval": "epoch", "monitor": monitor, "name": "train/lr"})
     return schedulers

@@ -38,12 +38,11 @@ class Checkpoints(ModelCheckpoint):
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ValueError(f"every_n_train_steps: expected at least 1, or null, got {every_n_train_steps}")
         if isinstance(train_time_interval, Mapping):
+            given = dict(train_time_interval)
             try:
-                train_time_interval = timedelta(**train_time_interval)
+                train_time_interval = timedelta(**given)
             except TypeError as error:
-                raise ValueError(
-                    f"train_time_interval: expected for instance {{minutes: 30}}, got {dict(train_time_interval)}"
-                ) from error
+                raise ValueError(f"train_time_interval: expected for instance {{minutes: 30}}, got {given}") from error
         if train_time_interval is not None and train_time_interval <= timedelta(0):
             raise ValueError(f"train_time_interval: expected more than nothing, got {train_time_interval}")
         self.last_every, self.last_interval = every_n_train_steps, train_time_interval
@@ -54,9 +53,9 @@ class Checkpoints(ModelCheckpoint):
         epoch_loop = trainer.fit_loop.epoch_loop
         if trainer.fast_dev_run or epoch_loop._should_accumulate() or epoch_loop.batch_progress.is_last_batch:
             return  # half-summed gradients are not saved; the end of the epoch saves by itself, after validation
-        due = bool(self.last_every) and trainer.global_step % self.last_every == 0
+        due = self.last_every is not None and trainer.global_step % self.last_every == 0
         if self.last_interval is not None:  # one clock for all processes
-            passed = time.monotonic() - self._last_time_checked >= self.last_interval.total_seconds()
+            passed = time.monotonic() - (self._last_time_checked or 0.0) >= self.last_interval.total_seconds()
             due = due or bool(trainer.strategy.broadcast(passed))
         if due:
             self._save_last(trainer)

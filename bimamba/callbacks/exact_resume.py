@@ -31,7 +31,7 @@ class ExactResume(Callback):
         self._saved: list[dict[str, Any]] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        mine = {"random": random_states(pl_module.device), "metrics": {}}
+        mine: dict[str, Any] = {"random": random_states(pl_module.device), "metrics": {}}
         if trainer.training and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             mine["metrics"] = {name: _metric_state(m) for name, m in _metrics(pl_module) if m.update_called}
         states = [mine]
@@ -63,7 +63,8 @@ class ExactResume(Callback):
 
 def random_states(device: torch.device) -> dict[str, Any]:
     """States of the global generators as tensors and plain values, which load under `weights_only=True`."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = state
     states = {
         "torch": torch.get_rng_state(),
         "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],

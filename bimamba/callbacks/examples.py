@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from bimamba import plots
 from bimamba.figures import denormalise, save_figure, save_table
 from bimamba.predictions import decide
-from bimamba.spec import DataSpec
+from bimamba.spec import DataSpec, spec_of
 
 _WHY = {True: "first", False: "largest loss"}
 
@@ -56,11 +56,11 @@ class ExamplePredictions(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._due(trainer):
-            self._show(trainer, pl_module.spec, "val")
+            self._show(trainer, spec_of(pl_module), "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self._show(trainer, pl_module.spec, "test")
+            self._show(trainer, spec_of(pl_module), "test")
 
     def _due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or trainer.fast_dev_run:

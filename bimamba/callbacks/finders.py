@@ -47,7 +47,7 @@ class FindLearningRate(LearningRateFinder):
         highest = max(group["initial_lr"] if "initial_lr" in group else group["lr"] for group in _groups(trainer))
         rank_zero_info(f"Learning rate finder: {found:.3g} (configured: {highest:.3g}), task.optimizer.lr={found:.3g}")
         if trainer.is_global_zero:
-            curve = self.optimal_lr.results
+            curve = self.optimal_lr.results if self.optimal_lr else {}
             figure = plots.rate_finder(np.array(curve["lr"]), np.array(curve["loss"]), found)
             save_figure(trainer, figure, self.folder, "learning_rate_finder")
         if self.apply:

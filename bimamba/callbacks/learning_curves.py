@@ -56,10 +56,11 @@ class LearningCurves(Callback):
         self._drawn = time.monotonic()
         curves = plots.learning_curves(self.history, self._best_epoch(trainer))
         save_figure(trainer, curves, self.folder, "learning_curves")
-        counts = pl_module.confusion.get("val")
+        confusion: Any = pl_module.confusion
+        counts = confusion.get("val")
         if counts is not None:
             title = f"validation, epoch {self.history[-1]['epoch']}"
-            figure = plots.confusion_matrix(counts.numpy(), pl_module.spec.class_names, title)
+            figure = plots.confusion_matrix(counts.numpy(), spec_of(pl_module).class_names, title)
             save_figure(trainer, figure, self.folder, "confusion_matrix_val", key)
 
     def _best_epoch(self, trainer: Trainer) -> int | None:

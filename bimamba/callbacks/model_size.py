@@ -12,7 +12,7 @@ class ModelSize(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._counts = {
+        self._counts: dict[str, float] = {
             "model/parameters": sum(p.numel() for p in pl_module.parameters()),
             "model/trainable_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         }

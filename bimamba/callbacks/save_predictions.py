@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from bimamba import plots
 from bimamba.figures import save_figure
 from bimamba.predictions import class_probabilities, predicted_class, prediction_table, write_predictions
-from bimamba.spec import DataSpec
+from bimamba.spec import DataSpec, spec_of
 
 
 class SavePredictions(Callback):
@@ -43,10 +43,10 @@ class SavePredictions(Callback):
         self._collect(outputs)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, pl_module.spec, "test", trainer.test_dataloaders)
+        self._write(trainer, spec_of(pl_module), "test", trainer.test_dataloaders)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write(trainer, pl_module.spec, "predict", trainer.predict_dataloaders)
+        self._write(trainer, spec_of(pl_module), "predict", trainer.predict_dataloaders)
 
     def _collect(self, outputs: dict[str, Any]) -> None:
         if "probabilities" not in outputs:  # a task that makes no prediction a row, such as pretraining
@@ -57,7 +57,7 @@ class SavePredictions(Callback):
                 self._rows.setdefault(key, []).append(outputs[key].detach().cpu())
 
     def _write(self, trainer: Trainer, spec: DataSpec, stage: str, loader: Any) -> None:
-        part = {k: v if k == "id" else torch.cat(v).numpy() for k, v in self._rows.items()}
+        part: dict[str, Any] = {k: v if k == "id" else torch.cat(v).numpy() for k, v in self._rows.items()}
         self._rows = {}
         part["row"] = _dataset_rows(loader, len(part.get("id", ())))
         parts = _gather(part, trainer.world_size)

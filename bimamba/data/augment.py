@@ -85,7 +85,7 @@ class ImageAugmentation(nn.Module):
                 f"data.augment.resized_crop: expected [from, to], parts of the area in (0, 1], got {list(resized_crop)}"
             )
         self.crop_padding, self.horizontal_flip, self.vertical_flip = crop_padding, horizontal_flip, vertical_flip
-        self.resized_crop = tuple(resized_crop) if resized_crop is not None else None
+        self.resized_crop = (resized_crop[0], resized_crop[1]) if resized_crop is not None else None
         self.color_jitter, self.rand_augment, self.random_erasing = color_jitter, rand_augment, random_erasing
         self._built: dict[str, nn.Module] = {}
 
@@ -105,7 +105,7 @@ class ImageAugmentation(nn.Module):
             images = random_flip(images, self.vertical_flip, -2)
         images = images.float().div_(255)
         if crop and self.resized_crop is not None:
-            images = self._kornia("resized_crop", tuple(images.shape[-2:]))(images)
+            images = self._kornia("resized_crop", (images.shape[-2], images.shape[-1]))(images)
         if self.color_jitter is not None:
             images = self._kornia("color_jitter")(images)
         if self.rand_augment is not None:
@@ -119,12 +119,18 @@ class ImageAugmentation(nn.Module):
         if name not in self._built:
             import kornia.augmentation as K
 
+            # What is None here is not asked for.
+            crop: Any = self.resized_crop
+            jitter: Any = self.color_jitter
+            rand: Any = self.rand_augment
+            module: nn.Module
             if name == "resized_crop":
-                module = K.RandomResizedCrop(size, scale=self.resized_crop, cropping_mode="resample")
+                assert size is not None
+                module = K.RandomResizedCrop(size, scale=crop, cropping_mode="resample")
             elif name == "color_jitter":
-                module = K.ColorJitter(*self.color_jitter)
+                module = K.ColorJitter(*jitter)
             elif name == "rand_augment":
-                module = K.auto.RandAugment(int(self.rand_augment[0]), int(self.rand_augment[1]))
+                module = K.auto.RandAugment(int(rand[0]), int(rand[1]))
             else:
                 module = K.RandomErasing(p=self.random_erasing)
             self._built[name] = module
@@ -154,6 +160,7 @@ class ReverseComplement(nn.Module):
         if not 0 <= probability <= 1:
             raise ValueError(f"data.augment.reverse_complement: expected a probability in [0, 1], got {probability}")
         self.probability = probability
+        self.complement: Tensor
         self.register_buffer("complement", complement_tokens(alphabet).long(), persistent=False)
 
     def forward(self, tokens: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:

@@ -369,9 +369,9 @@ class ClassificationDataModule(LightningDataModule):
         """With overfit_batches Lightning puts a sequential sampler into every loader: that needs ordinary batching."""
         if self.trainer is None:
             return False
-        return self.trainer.state.fn == TrainerFn.FITTING and self.trainer.overfit_batches > 0
+        return self.trainer.state.fn == TrainerFn.FITTING and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set by Lightning
 
-    def _process(self) -> dict[str, int]:
+    def _process(self) -> dict[str, Any]:
         if self.trainer is None:
             return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
@@ -390,7 +390,7 @@ class ClassificationDataModule(LightningDataModule):
         begin: Callable[[], int] | None = None,
     ) -> DataLoader:
         workers = self._workers(dataset)
-        make = DataLoader if begin is None else partial(TrainLoader, begin=begin)
+        make: Any = DataLoader if begin is None else partial(TrainLoader, begin=begin)
         return make(
             dataset=dataset,
             batch_size=batch_size,

@@ -321,11 +321,11 @@ def channel_statistics(store: CachedImages | LazyImages, rows: np.ndarray, seed:
     """
     if isinstance(store, LazyImages) and len(rows) > sample:
         rows = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False))
-    counts = None
+    counts: Any = 0
     for start in range(0, len(rows), 512):
         pixels = store.batch(torch.from_numpy(rows[start : start + 512]))
-        here = np.stack([np.bincount(pixels[:, c].reshape(-1).numpy(), minlength=256) for c in range(pixels.shape[1])])
-        counts = here if counts is None else counts + here
+        channels = range(pixels.shape[1])
+        counts = counts + np.stack([np.bincount(pixels[:, c].reshape(-1).numpy(), minlength=256) for c in channels])
     values = np.arange(256) / 255
     weights = counts / counts.sum(1, keepdims=True)
     mean = weights @ values

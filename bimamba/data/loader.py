@@ -24,7 +24,7 @@ class TrainLoader(DataLoader):
         self.begin = begin
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.sampler.begin = self.begin()
+        self.sampler.begin = self.begin()  # type: ignore[attr-defined]  # a TrainBatches
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

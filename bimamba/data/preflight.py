@@ -26,8 +26,12 @@ BINS = 8
 
 def warn(message: str) -> None:
     """A warning, on rank zero."""
-    if rank_zero_only.rank == 0:
+    if _on_rank_zero():
         warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _on_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def class_counts(data: ClassificationDataModule, split: str) -> torch.Tensor:
@@ -85,25 +89,26 @@ def report(data: ClassificationDataModule) -> dict[str, Any]:
         found["warnings"] += _balance(found["class_counts"], spec.problem)
     if isinstance(store, TokenRows):
         found["lengths"] = _lengths(store, splits)
-        found["unknown"] = _unknown(store, spec.alphabet)
+        found["unknown"] = _unknown(store, spec.letters)
         if store.truncated:
-            found["notes"].append(f"{store.truncated} sequences cut to {spec.max_length} (truncate={data.truncate})")
+            found["notes"].append(f"{store.truncated} sequences cut to {spec.max_length} (data.truncate)")
     else:
         found["image"] = {key: getattr(spec, key) for key in ("channels", "height", "width")}
-        found["image"].update(mean=list(spec.mean), std=list(spec.std), in_memory=isinstance(store, CachedImages))
+        found["image"].update(mean=list(spec.mean or ()), std=list(spec.std or ()), in_memory=isinstance(store, CachedImages))
     found["duplicates"] = _duplicates(data, splits)
     found["warnings"] += _duplicate_warnings(found["duplicates"])
     for name in SPLITS:
         if name not in splits:
             found["notes"].append(f"no {name} set")
-    if rank_zero_only.rank == 0:
+    if _on_rank_zero():
         show(found)
     return found
 
 
 def _targets(data: ClassificationDataModule, splits: dict[str, np.ndarray]) -> dict[str, Any]:
+    assert data.examples is not None and data.examples.labels is not None
     values = data.examples.labels.numpy()
-    found = {}
+    found: dict[str, Any] = {}
     for column, name in enumerate(data.spec.class_names):
         found[name] = {
             split: {key: round(float(f(values[rows, column])), 6) for key, f in _STATISTICS.items()}
@@ -114,14 +119,14 @@ def _targets(data: ClassificationDataModule, splits: dict[str, np.ndarray]) -> d
     return found
 
 
-_STATISTICS = {"min": np.min, "mean": np.mean, "std": np.std, "max": np.max}
+_STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {"min": np.min, "mean": np.mean, "std": np.std, "max": np.max}
 
 
 def _balance(counts: dict[str, dict[str, int]], problem: str) -> list[str]:
     said = []
     if "train" in counts:
         sizes = counts["train"]
-        least, most = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+        least, most = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
         if problem == "multilabel":
             said += [f"no training row carries the label {name!r}" for name, n in sizes.items() if n == 0]
         elif sizes[most] > IMBALANCE * sizes[least]:
@@ -155,7 +160,7 @@ def _unknown(store: TokenRows, alphabet: str) -> dict[str, Any]:
     if share > 0.5:
         raise ValueError(
             f"{share:.0%} of the characters are unknown to the alphabet {alphabet!r} "
-            f"(most often {max(store.unknown, key=store.unknown.get)!r}): expected such sequences; "
+            f"(most often {max(store.unknown, key=store.unknown.__getitem__)!r}): expected such sequences; "
             "is it the right column, and the right data.alphabet?"
         )
     return {"characters": dict(sorted(store.unknown.items())), "share": share, "become": alphabet[-1]}
@@ -163,6 +168,7 @@ def _unknown(store: TokenRows, alphabet: str) -> dict[str, Any]:
 
 def _duplicates(data: ClassificationDataModule, splits: dict[str, np.ndarray]) -> dict[str, Any] | None:
     """Counts of rows that occur before, or None where nobody looked."""
+    assert data.examples is not None and data.examples.labels is not None
     store, labels = data.examples.inputs, data.examples.labels
     if not data.check_duplicates or not isinstance(store, (TokenRows, CachedImages)):
         return None
@@ -187,7 +193,7 @@ def _row_hashes(store: TokenRows | CachedImages, alphabet: str | None) -> dict[s
     tokens, ends = store.tokens.numpy().tobytes(), store.offsets.tolist()
     rows = list(pairwise(ends))
     found = {"exact": np.fromiter((hash(tokens[a:b]) for a, b in rows), np.int64, len(rows))}
-    if is_dna(alphabet):
+    if alphabet is not None and is_dna(alphabet):
         other = complement_tokens(alphabet).numpy()[store.tokens.numpy()[::-1]].tobytes()
         n = len(tokens)
         both = (hash(min(tokens[a:b], other[n - b : n - a])) for a, b in rows)

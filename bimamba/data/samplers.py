@@ -8,10 +8,10 @@ Lightning leaves such samplers alone; its own replacement would pad the evaluati
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 
 class Draw(NamedTuple):
@@ -57,7 +57,7 @@ class TrainBatches(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(range(num_rows), world_size, rank, shuffle=True, seed=seed, drop_last=drop_last)
+        super().__init__(cast(Dataset, range(num_rows)), world_size, rank, shuffle=True, seed=seed, drop_last=drop_last)
         self.num_rows, self.batch_size, self.lengths = num_rows, batch_size, lengths
         self.chances = None if weights is None else weights / weights.sum()
         if drop_last and num_rows < batch_size * world_size:
@@ -119,7 +119,7 @@ class EvalBatches(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(range(num_rows), world_size, rank, shuffle=False)
+        super().__init__(cast(Dataset, range(num_rows)), world_size, rank, shuffle=False)
         if num_rows < world_size:
             raise ValueError(f"expected at least one row a process ({world_size}) to evaluate, got {num_rows}")
         least, most = num_rows // world_size, -(-num_rows // world_size)

@@ -74,7 +74,7 @@ class SequenceDataModule(ClassificationDataModule):
         if self._spec is not None:  # a checkpoint's, or the training data's when predicting
             if self._spec.kind != "sequence":
                 raise ValueError(f"the checkpoint expects inputs of kind {self._spec.kind!r}, the data are sequences")
-            alphabet, max_length = self._spec.alphabet, self._spec.max_length
+            alphabet, max_length = self._spec.letters, self._spec.longest
         store = tokenise(records.inputs, records.describe, alphabet, max_length, self.truncate)
         longest, room = int(store.lengths.max()), self.pack_length
         if self.packing and room is not None and longest > room:
@@ -92,7 +92,7 @@ class SequenceDataModule(ClassificationDataModule):
     def _dataset_options(self) -> dict[str, Any]:
         options = {"pad_to_multiple": self.pad_to_multiple}
         if self.packing:
-            options["pack_length"] = self.pack_length or 4 * self.spec.max_length
+            options["pack_length"] = self.pack_length or 4 * self.spec.longest
         return options
 
     def transform(self, batch: Batch, training: bool) -> Batch:
@@ -103,7 +103,7 @@ class SequenceDataModule(ClassificationDataModule):
 
 
 def _augmentations(alphabet: str, reverse_complement: float = 0.0, substitution: float = 0.0) -> list[nn.Module]:
-    made = []
+    made: list[nn.Module] = []
     if reverse_complement:
         made.append(ReverseComplement(alphabet, reverse_complement))
     if substitution:

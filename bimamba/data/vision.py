@@ -88,7 +88,7 @@ class VisionDataModule(ClassificationDataModule):
         if self._spec is not None:  # a checkpoint's, or the training data's when predicting
             spec = self._spec
             _check_kind(spec)
-            return Geometry(spec.channels, spec.height, spec.width, self.resize, self.crop_fraction)
+            return Geometry(*spec.image_shape, self.resize, self.crop_fraction)
         channels, size = self.channels, self.image_size
         if channels is None or size is None:
             found_channels, found_sizes = look(records.inputs)
@@ -112,6 +112,7 @@ class VisionDataModule(ClassificationDataModule):
 
     def _setup_predict(self) -> None:
         super()._setup_predict()
+        assert self._predicted is not None
         if isinstance(self._predicted.inputs, DeviceImages):  # read once: a copy on the device gains nothing
             self._predicted.inputs = CachedImages(self._predicted.inputs.pixels)
 
@@ -122,7 +123,7 @@ class VisionDataModule(ClassificationDataModule):
         for option in ("color_jitter", "rand_augment"):
             if getattr(self.augmentation, option) is not None and channels != 3:
                 raise ValueError(f"data.augment.{option}: expected images of 3 channels, got {channels}")
-        if self.mean is None:
+        if self.mean is None or self.std is None:  # both, or none
             mean, std = channel_statistics(store, train, self.seed)
         else:
             mean, std = tuple(self.mean), tuple(self.std)
@@ -160,6 +161,7 @@ class VisionDataModule(ClassificationDataModule):
     def _kept(self, device: torch.device) -> torch.Tensor:
         """The images of `cache=device` on this device."""
         if device not in self._pixels:
+            assert self.examples is not None
             self._pixels[device] = self.examples.inputs.on(device)
         return self._pixels[device]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,10 +81,10 @@ def _direction_matrix(scan: Scan, direction: Direction, turned: bool = False) ->
 def _one_row(scan: Scan, row: int) -> Scan:
     """One row of a batch in float64 on the CPU, as a batch of one."""
 
-    def cut(t: Tensor | None) -> Tensor | None:
+    def cut(t: Any) -> Any:
         return None if t is None else t[row : row + 1].cpu().double()
 
-    def whole(t: Tensor | None) -> Tensor | None:
+    def whole(t: Any) -> Any:
         return None if t is None else t.detach().cpu().double()
 
     def direction(d: Direction) -> Direction:

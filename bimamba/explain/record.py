@@ -93,7 +93,7 @@ def recording(net: nn.Module) -> Iterator[dict[str, Scan]]:
 
     hooks = [h for name, m in found.items() for h in (m.register_forward_pre_hook(enter(name)),)]
     hooks += [m.register_forward_hook(leave) for m in found.values()]
-    watching = {name: watch(getattr(mamba2, name)) for name in SCANS}
+    watching: dict[str, Any] = {name: watch(getattr(mamba2, name)) for name in SCANS}
     try:
         with patch.multiple(mamba2, **watching):
             yield calls
@@ -107,8 +107,8 @@ def _scan(given: dict[str, Any], y: Tensor, bidirectional: bool) -> Scan:
     untied = any(isinstance(value, tuple | list) for value in parameters)
 
     def direction(i: int) -> Direction:
-        chosen = (v[i] if isinstance(v, tuple | list) else v for v in parameters)
-        return Direction(*(None if v is None else v.detach() for v in chosen))
+        chosen: list[Any] = [v[i] if isinstance(v, tuple | list) else v for v in parameters]
+        return Direction(*[v if v is None else v.detach() for v in chosen])
 
     forward = direction(0)
     backward = (direction(1) if untied else forward) if bidirectional else None

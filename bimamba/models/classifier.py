@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bimamba.finetune import frozen_parts, load_pretrained
 from bimamba.hub import HubModel
-from bimamba.nn import BiMamba2, Block, MeanPooling, NucleotideEmbedding, PatchEmbedding
+from bimamba.nn import BiMamba2, Block, MeanPooling, NucleotideEmbedding, PatchEmbedding, Pooling
 from bimamba.packing import Packing, packing_of
 from bimamba.pretrained import NOT_SAVED
 from bimamba.spec import DataSpec
@@ -97,6 +98,9 @@ class Classifier(HubModel):
         torch.Size([2, 1])
     """
 
+    pooling: Pooling
+    embedding: nn.Module
+
     def __init__(
         self,
         spec: DataSpec,
@@ -121,7 +125,7 @@ class Classifier(HubModel):
         if embedding is None:
             embedding = arguments["embedding"] = PatchEmbedding if spec.kind == "image" else NucleotideEmbedding
         self.embedding = embedding(spec, d_model)
-        self.pooling = pooling(d_model)
+        self.pooling = cast(Pooling, pooling(d_model))
         self.backbone = Backbone(
             d_model, depth, mixer, mlp, mlp_ratio, drop_path, layer_scale, dropout, checkpoint_blocks
         )

@@ -140,7 +140,8 @@ class SupervisedTask(Task):
     # --------------------------------------------------------------------------------------------- ends of epochs
 
     def on_validation_epoch_end(self) -> None:
-        values: dict[str, Any] = self._finish("val")  # every process holds the same values: syncing them again changes nothing
+        # Every process holds the same values: syncing them again changes nothing.
+        values: dict[str, Any] = self._finish("val")
         shown: dict[str, Any] = {k: values.pop(k) for k in ("val/loss", "val/accuracy", "val/r2") if k in values}
         self.log_dict(shown, sync_dist=True, prog_bar=True)
         self.log_dict(values, sync_dist=True)

@@ -93,7 +93,7 @@ def npz_to_predict(file: Path) -> Records:
         ValueError: no array of images.
     """
     arrays = read_npz(file)
-    key = next((k for k in ("images", "test_images") if k in arrays), None)
+    key: str | None = next((k for k in ("images", "test_images") if k in arrays), None)
     if key is None and len(arrays) == 1:
         key = next(iter(arrays))
     if key is None:

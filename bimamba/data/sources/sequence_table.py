@@ -40,7 +40,8 @@ class SequenceTable:
     def prepare(self, path: str | None, task: str | None) -> None:
         """Downloads from the Hub unless there is a local copy."""
         if path is None and self.hub is not None:
-            hub_splits(*self._hub(task), self.cache_dir)
+            name, config = self._hub(task)
+            hub_splits(str(name), config, self.cache_dir)
 
     def load(self, path: str | None, task: str | None) -> Records:
         """All rows.

@@ -217,8 +217,8 @@ def _add_states(y: Tensor, reads: list[_Read], before: list[Tensor], idx_bcq: Te
         if idx_bcq is not None:
             weight = weight * (idx_bcq == _entering(idx_bcq, reverse)[..., None])[:, :, None]
         rows.append(_weigh(read.C, weight))
-    rows, states = torch.cat(rows, dim=-1), torch.cat(before, dim=-2)
-    return torch.baddbmm(y.flatten(0, 2), rows.flatten(0, 2), states.flatten(0, 2)).view_as(y)
+    reading, states = torch.cat(rows, dim=-1), torch.cat(before, dim=-2)
+    return torch.baddbmm(y.flatten(0, 2), reading.flatten(0, 2), states.flatten(0, 2)).view_as(y)
 
 
 def _entering(idx_bcq: Tensor, reverse: int) -> Tensor:

@@ -102,9 +102,12 @@ def shift_down(y: Tensor, seq_idx: Tensor | None) -> Tensor:
     return out
 
 
-def flip(t: Tensor | None) -> Tensor | None:
+T = TypeVar("T", bound="Tensor | None")
+
+
+def flip(t: T) -> T:
     """Reverses the length, dimension 1."""
-    return None if t is None else t.flip(1)
+    return t if t is None else cast(T, t.flip(1))
 
 
 def ssd_reference(
