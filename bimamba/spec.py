@@ -103,3 +103,10 @@ class DataSpec:
         if unknown:
             raise ValueError(f"unknown keys in a data spec: {unknown}")
         return cls(**values)
+
+
+def spec_of(owner: Any) -> DataSpec:
+    """The `spec` of a task or network, for those who know it as a plain module."""
+    found = owner.spec
+    assert isinstance(found, DataSpec)
+    return found

@@ -7,6 +7,7 @@ Crop and flips are one gather each on uint8: kornia's loop over the images and w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from itertools import combinations, pairwise
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def report(data: ClassificationDataModule) -> dict[str, Any]:
         found["lengths"] = _lengths(store, splits)
         found["unknown"] = _unknown(store, spec.letters)
         if store.truncated:
-            found["notes"].append(f"{store.truncated} sequences cut to {spec.max_length} (data.truncate)")
+            found["notes"].append(f"{store.truncated} sequences cut to {spec.max_length} letters (data.truncate)")
     else:
         found["image"] = {key: getattr(spec, key) for key in ("channels", "height", "width")}
         found["image"].update(mean=list(spec.mean or ()), std=list(spec.std or ()), in_memory=isinstance(store, CachedImages))

@@ -8,7 +8,7 @@ size; head `i` reads the `B` and `C` of group `i // (h / g)`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
