@@ -65,7 +65,7 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     if checkpoint and cfg.stage == "export":
         export(cfg, checkpoint)
         return {}
-    datamodule: Any = instantiate(cfg.data)  # a LightningDataModule with `spec`, `sizes` and `preflight`: see bimamba.data
+    datamodule: Any = instantiate(cfg.data)  # of bimamba.data: more than Lightning's own
     if checkpoint:
         datamodule.expect(checkpoint_spec(checkpoint))
     data_stage = config.data_stage(cfg)

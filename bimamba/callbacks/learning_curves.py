@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bimamba import plots
 from bimamba.figures import save_figure
+from bimamba.spec import spec_of
 
 
 class LearningCurves(Callback):

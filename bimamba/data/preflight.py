@@ -95,7 +95,8 @@ def report(data: ClassificationDataModule) -> dict[str, Any]:
             found["notes"].append(f"{store.truncated} sequences cut to {spec.max_length} letters (data.truncate)")
     else:
         found["image"] = {key: getattr(spec, key) for key in ("channels", "height", "width")}
-        found["image"].update(mean=list(spec.mean or ()), std=list(spec.std or ()), in_memory=isinstance(store, CachedImages))
+        found["image"].update(mean=list(spec.mean or ()), std=list(spec.std or ()))
+        found["image"]["in_memory"] = isinstance(store, CachedImages)
     found["duplicates"] = _duplicates(data, splits)
     found["warnings"] += _duplicate_warnings(found["duplicates"])
     for name in SPLITS:

@@ -108,7 +108,8 @@ def _scan(given: dict[str, Any], y: Tensor, bidirectional: bool) -> Scan:
 
     def direction(i: int) -> Direction:
         chosen: list[Any] = [v[i] if isinstance(v, tuple | list) else v for v in parameters]
-        return Direction(*[v if v is None else v.detach() for v in chosen])
+        detached: list[Any] = [v if v is None else v.detach() for v in chosen]
+        return Direction(*detached)
 
     forward = direction(0)
     backward = (direction(1) if untied else forward) if bidirectional else None

@@ -136,7 +136,7 @@ class Explanation:
         found = collect(recorded, self.statistics["max_values"], self.seed)
         values, table = found.values(), found.table()
         pq.write_table(pa.Table.from_pylist(table), self.folder / "scan_statistics.parquet")
-        flat = {f"{a}/{b}/{c}": v for a, ds in values.items() for b, parts in ds.items() for c, v in parts.items()}
+        flat: dict[str, Any] = {f"{a}/{b}/{c}": v for a, ds in values.items() for b, parts in ds.items() for c, v in parts.items()}
         np.savez_compressed(self.folder / "scan_statistics.npz", **flat)
         self._save(draw.scan_statistics(values, found.tied, found.longest), "scan_statistics")
         self._save(draw.memory_by_head(values, found.longest), "memory_by_head")
@@ -153,7 +153,7 @@ class Explanation:
         for batch in self.rows.batches(positions):
             for i, name in enumerate(batch["id"]):
                 length = int(batch["mask"][i].sum()) if "mask" in batch else None
-                one = {k: batch[k][i : i + 1, :length] for k in ("inputs", "mask") if k in batch}
+                one: dict[str, Any] = {k: batch[k][i : i + 1, :length] for k in ("inputs", "mask") if k in batch}
                 shown: dict[str, np.ndarray] = {}
                 for layer, scan in self._record(one, names).items():
                     mixing = mixing_matrix(scan, max_length=self.matrices["max_length"])
@@ -179,7 +179,8 @@ class Explanation:
         for batch in self.rows.batches(self._positions(self.samples)):
             logits = self.run(batch["inputs"])
             target = choose_target(self.spec, self.target, logits, batch.get("label"))
-            maps.append(gradient_times_input(lambda x, t=target: t.score(self.run(x)), batch["inputs"]).cpu().numpy())
+            score = partial(self._score, target)
+            maps.append(gradient_times_input(score, batch["inputs"]).cpu().numpy())
             pictures += [denormalise(self.spec, image) for image in batch["inputs"]]
             captions += self._captions(batch, logits, target.names)
             ids += batch["id"]
@@ -189,7 +190,7 @@ class Explanation:
 
     def _mutagenesis(self) -> dict[str, float]:
         spec, options = self.spec, self.mutagenesis
-        letters = spec.alphabet[:-1]  # the last stands for unknown characters: nothing to change a letter into
+        letters = spec.letters[:-1]  # the last stands for unknown characters: nothing to change a letter into
         positions = self._positions(max(self.samples, options["samples"]))
         batches = list(self.rows.batches(positions))
         start, stop = self._window(max(b["inputs"].shape[1] for b in batches))
@@ -202,9 +203,7 @@ class Explanation:
             target = choose_target(spec, self.target, logits, batch.get("label"))
             window = (min(start, inputs.shape[1]), min(stop, inputs.shape[1]))
             size = self.rows.batch_size
-            changes = mutate(
-                lambda x, m, i, t=target: t.score(self.run(x, m), i), inputs, mask, len(letters), size, window
-            )
+            changes = mutate(partial(self._score, target), inputs, mask, len(letters), size, window)
             captions = self._captions(batch, logits, target.names)
             for i, name in enumerate(batch["id"]):
                 own = inputs[i, window[0] : window[1]][mask[i, window[0] : window[1]]].cpu().numpy()
@@ -215,7 +214,7 @@ class Explanation:
                 values.append(value)
                 tokens.append(own)
                 names.append(self._class_name(batch, i) or target.names[i])
-                table += _changes(name, target.names[i], own, change, spec.alphabet, first + start)
+                table += _changes(name, target.names[i], own, change, spec.letters, first + start)
                 if drawn < self.samples:
                     heights = letter_heights(value[None], own[None], len(letters))
                     text = captions[i].replace("\n", " ")
@@ -227,10 +226,10 @@ class Explanation:
             log.info("explain: no mean logo: the sequences have different lengths, and nothing says how they align")
             return {"explain/mutated_sequences": float(len(tokens))}
         groups = [mean_by_name(np.stack(a), names) for a in (values, tokens)]
-        heights = {name: letter_heights(groups[0][name], groups[1][name], len(letters)) for name in groups[0]}
-        np.savez_compressed(self.folder / "mutagenesis_mean.npz", letters=np.array(list(letters)), **heights)
+        means: dict[str, Any] = {n: letter_heights(groups[0][n], groups[1][n], len(letters)) for n in groups[0]}
+        np.savez_compressed(self.folder / "mutagenesis_mean.npz", letters=np.array(list(letters)), **means)
         counts = {name: len(v) for name, v in groups[0].items()}
-        self._save(logos.mean_logos(heights, counts, letters, first + start), "mutagenesis_mean")
+        self._save(logos.mean_logos(means, counts, letters, first + start), "mutagenesis_mean")
         return {"explain/mutated_sequences": float(len(tokens))}
 
     def _window(self, longest: int) -> tuple[int, int]:

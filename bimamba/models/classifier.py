@@ -178,8 +178,10 @@ class Classifier(HubModel):
         if seq_idx is None:
             x, mask, _ = self.pooling.insert(self.embedding(inputs, mask), mask)
             return self.pooling(self.backbone(x, mask), mask)
+        packing: Packing | None
         packing = packing_of(seq_idx, mask) if order is None or bounds is None else Packing(seq_idx, bounds, order)
         x, mask, packing = self.pooling.insert(self.embedding(inputs, mask, packing), mask, packing)
+        assert packing is not None  # a pooling keeps what it is given
         return self.pooling(self.backbone(x, mask, packing.seq_idx), mask, packing)
 
     def _check(self, inputs: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:
