@@ -164,6 +164,14 @@ def test_optuna_says_what_to_install(monkeypatch):
     train.config.check_plugins(["hparams_search=grid"])
 
 
+@pytest.mark.parametrize(("mode", "direction"), [("min", "minimize"), ("max", "maximize")])
+def test_a_search_goes_the_way_of_the_monitored_metric(mode, direction):
+    """Digits monitor a loss: a search that maximised it would return the worst trial as the best."""
+    search = OmegaConf.load(ROOT / "configs" / "hparams_search" / "optuna.yaml")
+    cfg = OmegaConf.merge(search, {"monitor_mode": mode, "monitor": "val/x"})
+    assert cfg.hydra.sweeper.direction == direction and cfg.optimized_metric == "val/x"
+
+
 def test_debug_overfit_learns_its_batches(tmp_path):
     options = [*TINY, "model/embedding=patches", "model.embedding.patch_size=4", "data.batch_size=16", "seed=0"]
     metrics = run(tmp_path, "debug=overfit", *options, "trainer.max_epochs=60", "task.optimizer.lr=0.02")

@@ -24,7 +24,7 @@ from bimamba.explain.statistics import collect
 from bimamba.explain.target import choose_target
 from bimamba.figures import denormalise, save_figure
 from bimamba.predictions import decide
-from bimamba.tasks.losses import probabilities
+from bimamba.tasks import SupervisedTask, probabilities
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,13 @@ class Explanation:
             Numbers named `explain/…`.
 
         Raises:
-            ValueError: several devices, an unknown layer, head, row or class, or an input too long for what was asked.
+            ValueError: another task, several devices, an unknown layer, head, row or class, or an input too long for
+                what was asked.
         """
+        if not isinstance(task, SupervisedTask):
+            raise ValueError(
+                f"stage=explain explains classifiers and regressors, got a {type(task).__name__}'s network"
+            )
         if trainer.world_size > 1:
             raise ValueError(f"stage=explain runs in one process: expected trainer.devices=1, got {trainer.world_size}")
         self.trainer, self.folder, self.plot_dir = trainer, output_dir / "numbers", plot_dir
