@@ -296,7 +296,14 @@ def clear_errors() -> Iterator[None]:
     """What a user did wrong ends in one message, not in a stack trace; `HYDRA_FULL_ERROR=1` shows the trace."""
     try:
         yield
-    except (ValueError, OSError, OmegaConfBaseException, InstantiationException, MisconfigurationException) as error:
+    except (
+        ValueError,
+        OSError,
+        FloatingPointError,
+        OmegaConfBaseException,
+        InstantiationException,
+        MisconfigurationException,
+    ) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         cause: BaseException = error

@@ -6,6 +6,7 @@ from .exact_resume import ExactResume
 from .examples import ExamplePredictions
 from .finders import FindBatchSize, FindLearningRate
 from .gradient_norm import GradientNorm
+from .health import NumericalHealth
 from .interrupt import SaveOnInterrupt
 from .learning_curves import LearningCurves
 from .model_size import ModelSize
@@ -22,6 +23,7 @@ __all__ = [
     "GradientNorm",
     "LearningCurves",
     "ModelSize",
+    "NumericalHealth",
     "SaveOnInterrupt",
     "SavePredictions",
     "Throughput",

@@ -1,0 +1,132 @@
+"""NaN and infinity are found where they arise, saved, replayed by the printed command, and answered as configured."""
+
+import math
+import re
+import shlex
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from runs import DIGITS, load, run, train
+from torch import nn
+
+from bimamba import nonfinite
+from bimamba import replay as replaying
+from bimamba.callbacks import NumericalHealth
+from bimamba.callbacks.health import all_finite
+
+SHORT = [*DIGITS, "trainer.max_epochs=1", "test=false", "callbacks.learning_curves=null", "callbacks.examples=null"]
+SHORT += ["model.dropout=0.1", "data.augment.random_erasing=0.3", "callbacks.gradient_norm.update_ratio=true"]
+SHORT += ["trainer.log_every_n_steps=2"]
+
+
+class Break(Callback):
+    """Makes one weight so large that a product overflows, for one step; keeps what the steps before and after saw."""
+
+    def __init__(self, at, name="backbone.blocks.0.mixer.out_proj.weight"):
+        self.at, self.name, self.rates, self.kept, self.losses = at, name, [], None, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["initial_lr"])
+        if trainer.global_step in self.at and batch_idx in self.at:
+            self.weights = {k: v.clone() for k, v in pl_module.state_dict().items()}
+            parameter = pl_module.net.get_parameter(self.name)
+            self.kept = parameter.detach().clone()
+            parameter.data.fill_(3e38)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+        if self.kept is not None:
+            pl_module.net.get_parameter(self.name).data.copy_(self.kept)
+            for name, value in pl_module.state_dict().items():
+                assert torch.equal(value, self.weights[name]), f"{name} was changed by a step that is left out"
+            self.kept = None
+
+
+def broken(folder, spy, *overrides):
+    made = train.make_callbacks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_callbacks", lambda cfg: [*made(cfg), spy])
+        return run(folder, *SHORT, *overrides)
+
+
+def test_it_stops_names_the_place_and_the_printed_command_replays_it(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught, train.config.clear_errors():
+        broken(tmp_path, Break([3]))
+    said = str(caught.value)
+    path = tmp_path / "nonfinite" / "step_3.ckpt"
+    assert "not finite at step 3 (epoch 0, batch 3): the output of net.backbone.blocks.0.mixer.out_proj (" in said
+    command = re.search(r"Replay with:  python -m bimamba\.replay (.*)", said).group(1)
+    assert shlex.split(command) == [str(path)]
+    saved = load(path)
+    assert saved["global_step"] == 3 and saved["nonfinite"]["batch"]["inputs"].shape == (256, 1, 8, 8)
+    assert replaying.main([str(path), "--accelerator", "cpu"]) == 0
+    then, now = capsys.readouterr().out.split("at the time: ")[1].split("\nnow:         ")
+    assert now.strip() == then.strip() and "infinite of" in then
+
+
+def test_it_leaves_a_step_out_and_lowers_the_rate(tmp_path):
+    spy = Break([1, 3])
+    with pytest.warns(UserWarning, match=r"left out, and the learning rate multiplied by 0\.25"):
+        metrics = broken(tmp_path, spy, "callbacks.health.action=lower", "callbacks.health.factor=0.25")
+    assert spy.rates == pytest.approx([2e-3, 2e-3, 5e-4, 5e-4, 1.25e-4, 1.25e-4])
+    assert math.isfinite(metrics["val/loss"]) and 0 < metrics["train/update_ratio"] < 0.1
+    assert not math.isfinite(spy.losses[1]) and all(math.isfinite(v) for v in spy.losses[4:])
+    assert sorted(p.name for p in (tmp_path / "nonfinite").iterdir()) == ["step_1.ckpt", "step_3.ckpt"]
+
+
+def test_it_does_not_skip_for_ever(tmp_path):
+    options = ["callbacks.health.action=skip", "callbacks.health.max_skips=2", "callbacks.health.max_saved=1"]
+    with pytest.warns(UserWarning), pytest.raises(FloatingPointError, match="The last 2 steps were left out already"):
+        broken(tmp_path, Break([1, 2, 3]), *options)
+    assert [p.name for p in (tmp_path / "nonfinite").iterdir()] == ["step_1.ckpt"]
+
+
+class Root(nn.Module):
+    def forward(self, x):
+        return x.sqrt()
+
+
+class Task(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.first, self.root, self.last = nn.Linear(2, 2), Root(), nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        self.log("loss", 0.0)
+        return self.last(self.root(self.first(batch["inputs"]).abs())).mean()
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_the_module_that_made_it():
+    torch.manual_seed(0)
+    task, batch = Task(), {"inputs": torch.rand(4, 2), "id": ["a"]}
+    assert nonfinite.trace(task, batch)[0] is None
+    nn.init.zeros_(task.first.weight)
+    nn.init.zeros_(task.first.bias)  # sqrt(0): finite, its slope is not
+    finding, loss = nonfinite.trace(task, batch)
+    assert finding.module == "root" and finding.tensor == "gradient of first" and torch.isfinite(loss)
+    assert "made by the backward pass of root" in str(finding)
+    assert all(p.grad is None for p in task.parameters()) and "log" not in vars(task)
+    batch["inputs"][0, 0] = torch.inf
+    assert nonfinite.trace(task, batch)[0].tensor == "input inputs"
+    task.last.bias.data.fill_(torch.nan)
+    assert nonfinite.trace(task, batch)[0].tensor == "parameter last.bias"
+
+
+def test_large_gradients_are_finite():
+    assert all_finite([torch.full((4,), 1e30), torch.zeros(3)])  # their 2-norm is not
+    assert not all_finite([torch.zeros(3), torch.tensor([0.0, torch.nan])])
+    assert not all_finite([torch.tensor([torch.inf, torch.nan])])
+    assert not all_finite([torch.tensor([-torch.inf])])
+
+
+def test_bad_options_and_files(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"callbacks\.health\.action: expected one of stop, skip, lower, got 'halt'"):
+        NumericalHealth("x", action="halt")
+    with pytest.raises(ValueError, match="0 < factor < 1"):
+        NumericalHealth("x", factor=2.0)
+    assert replaying.main([str(tmp_path / "none.ckpt")]) == 2
+    torch.save({"state_dict": {}, "spec": {}, "recipe": {}}, tmp_path / "other.ckpt")
+    assert replaying.main([str(tmp_path / "other.ckpt")]) == 2
+    said = capsys.readouterr().err
+    assert "no such file" in said and "expected a file that callbacks.health wrote" in said
