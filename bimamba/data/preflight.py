@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from itertools import combinations, pairwise
 from collections.abc import Callable
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np

@@ -179,6 +179,10 @@ class Explanation:
             raise ValueError(f"explain.heads: expected numbers from 0 to {count - 1}, got {wrong}")
         return chosen
 
+    def _score(self, target: Target, inputs: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """The network's output as the score to be explained."""
+        return target.score(self.run(inputs, mask), rows)
+
     def _saliency(self) -> None:
         ids, maps, pictures, captions = [], [], [], []
         for batch in self.rows.batches(self._positions(self.samples)):
