@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from bimamba.explain import draw, logos
 from bimamba.explain.matrix import mixing_matrix
@@ -21,7 +23,7 @@ from bimamba.explain.record import Scan, mixers, recording
 from bimamba.explain.rows import SPLITS, Rows
 from bimamba.explain.saliency import gradient_times_input
 from bimamba.explain.statistics import collect
-from bimamba.explain.target import choose_target
+from bimamba.explain.target import Target, choose_target
 from bimamba.figures import denormalise, save_figure
 from bimamba.predictions import decide
 from bimamba.tasks import SupervisedTask, probabilities
