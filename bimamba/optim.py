@@ -191,6 +191,7 @@ def plateau(
         rising = LinearLR(optimizer, start_factor=1 / (first + 1), total_iters=first)
         schedulers.append({"scheduler": rising, "interval": "step", "name": "train/lr_warmup"})
     # An interval of epochs: the metric is there after validation. ReduceLROnPlateau takes the rates from the groups.
-    falling = ReduceLROnPlateau(optimizer, cast(Literal["min", "max"], mode), factor, patience, threshold, min_lr=lowest)
+    which = cast(Literal["min", "max"], mode)
+    falling = ReduceLROnPlateau(optimizer, which, factor, patience, threshold, min_lr=lowest)
     schedulers.append({"scheduler": falling, "interval": "epoch", "monitor": monitor, "name": "train/lr"})
     return schedulers

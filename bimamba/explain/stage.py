@@ -143,7 +143,9 @@ class Explanation:
         found = collect(recorded, self.statistics["max_values"], self.seed)
         values, table = found.values(), found.table()
         pq.write_table(pa.Table.from_pylist(table), self.folder / "scan_statistics.parquet")
-        flat: dict[str, Any] = {f"{a}/{b}/{c}": v for a, ds in values.items() for b, parts in ds.items() for c, v in parts.items()}
+        flat: dict[str, Any] = {
+            f"{a}/{b}/{c}": v for a, ds in values.items() for b, parts in ds.items() for c, v in parts.items()
+        }
         np.savez_compressed(self.folder / "scan_statistics.npz", **flat)
         self._save(draw.scan_statistics(values, found.tied, found.longest), "scan_statistics")
         self._save(draw.memory_by_head(values, found.longest), "memory_by_head")
