@@ -12,8 +12,9 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
@@ -22,6 +23,7 @@ from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, re
 from bimamba.export import export
 from bimamba.loggers import finish_wandb
 from bimamba.runs import claimed, locate
+from bimamba.spec import DataSpec
 
 config.register_resolvers()
 config.load_dotenv()
@@ -77,12 +79,8 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     spec = datamodule.spec
     write_json(output_dir / "spec.json", spec.to_dict())
 
-    # A checkpoint brings all weights: what its training started from is not needed any more.
-    net = instantiate(cfg.model)(spec=spec, **({"pretrained": None} if checkpoint else {}))
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
-    task = instantiate(cfg.task)(net=net, spec=spec, checkpoint_extras=saved)
-    if checkpoint:
-        load_weights(task, checkpoint)
+    task = make_task(cfg, spec, saved, checkpoint)
     trainer: Trainer = instantiate(cfg.trainer, callbacks=make_callbacks(cfg), logger=make_loggers(cfg))
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
@@ -93,6 +91,8 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
         metrics |= numbers(trainer.callback_metrics) | best_score(trainer)
         if cfg.test and datamodule.sizes["test"]:
             best = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
+            if best and isinstance(trainer.strategy, FSDPStrategy):  # what is sharded cannot be set up once more
+                task, best = make_task(cfg, spec, saved, read_checkpoint(best)), None
             trainer.test(task, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
             metrics |= numbers(trainer.callback_metrics)
     elif cfg.stage == "test":
@@ -106,6 +106,20 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     write_json(output_dir / "metrics.json", metrics)
     config.show_results(metrics, output_dir, cfg.stage)
     return metrics
+
+
+def make_task(
+    cfg: DictConfig, spec: DataSpec, saved: Mapping[str, Any], checkpoint: Mapping[str, Any] | None
+) -> LightningModule:
+    """The task with its network, and with the checkpoint's weights where there is one.
+
+    A checkpoint brings all weights: what its training started from is not needed any more.
+    """
+    net = instantiate(cfg.model)(spec=spec, **({"pretrained": None} if checkpoint else {}))
+    task = instantiate(cfg.task)(net=net, spec=spec, checkpoint_extras=dict(saved))
+    if checkpoint:
+        load_weights(task, checkpoint)
+    return task
 
 
 def make_callbacks(cfg: DictConfig) -> list[Callback]:

@@ -25,6 +25,7 @@ TRUSTED = (
     "bimamba.models.",
     "bimamba.nn.",
     "bimamba.optim.",
+    "bimamba.strategies.",
     "bimamba.tasks.",
     "torch.optim.",
     "torchmetrics.",

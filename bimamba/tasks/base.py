@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.optim import Optimizer
 
 import bimamba
 from bimamba.optim import parameter_groups, undecayed_names
 from bimamba.spec import DataSpec
+from bimamba.tasks.compilation import compile_network
 
 
 class Task(LightningModule):
@@ -28,6 +30,7 @@ class Task(LightningModule):
             rate never changes.
         layer_decay: see `optim.parameter_groups`.
         compile: compile the network with `torch.compile` for training and evaluation.
+        compile_options: `mode`, `dynamic` and `backend` of `compilation.compile_network`.
         checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
     """
 
@@ -38,6 +41,7 @@ class Task(LightningModule):
         optimizer: Callable[..., Optimizer],
         scheduler: Callable[..., Any] | None = None,
         compile: bool = False,
+        compile_options: Mapping[str, Any] | None = None,
         checkpoint_extras: dict[str, Any] | None = None,
         layer_decay: float | None = None,
     ) -> None:
@@ -50,7 +54,7 @@ class Task(LightningModule):
         self.checkpoint_extras = checkpoint_extras or {}
         self.undecayed = undecayed_names(self)
         if compile:
-            self.net.compile()
+            compile_network(self.net, **(compile_options or {}))
 
     def configure_optimizers(self) -> Any:
         options = self.optimizer.keywords if isinstance(self.optimizer, partial) else {}
@@ -70,6 +74,19 @@ class Task(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does it, and the norm over all shards where every process holds a shard."""
+        sharded = isinstance(self.trainer.strategy, FSDPStrategy)
+        if sharded and gradient_clip_val and gradient_clip_algorithm == "norm":
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["spec"] = self.spec.to_dict()
