@@ -36,3 +36,36 @@ def test_two_processes_train_into_one_folder(tmp_path):
     (folder,) = (tmp_path / "digits" / "runs").iterdir()
     assert (folder / "checkpoints" / "best.ckpt").is_file()
     assert pq.read_table(folder / "predictions.parquet").num_rows == 359
+
+
+def launched(*overrides, folder, launcher=(sys.executable,)):
+    """Metrics and folder of a run in processes of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "train.py", *DIGITS, "data.augment.crop_padding=0", *overrides, f"paths.log_dir={folder}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run_folder,) = (folder / "digits" / "runs").iterdir()
+    return json.loads((run_folder / "metrics.json").read_text()), run_folder
+
+
+@pytest.mark.slow
+def test_ddp_fsdp_and_torchrun_learn_what_one_process_learns(tmp_path):
+    options = ["trainer.max_epochs=2", "data.drop_last=true", "task.optimizer.lr=0.01"]
+    one = run(tmp_path / "one", *DIGITS, "data.augment.crop_padding=0", *options)  # batches of 256, as 2 times 128
+    two = [*options, "data.batch_size=128", "trainer.accelerator=cpu", "trainer.devices=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    runs = {
+        "ddp": launched("trainer=ddp", *two, folder=tmp_path / "ddp"),
+        "fsdp": launched("trainer=fsdp", *two, folder=tmp_path / "fsdp"),
+        "torchrun": launched("trainer=ddp", *two, folder=tmp_path / "torchrun", launcher=torchrun),
+    }
+    for name, (metrics, folder) in runs.items():
+        for key in ("train/loss", "val/loss", "test/loss"):
+            assert metrics[key] == pytest.approx(one[key], rel=1e-3), (name, key)
+        table = pq.read_table(folder / "predictions.parquet")
+        assert table.num_rows == len(set(table.column("id").to_pylist())) == 359, name
+    # a checkpoint of shards is as that of one process: it is resumed by one
+    last = runs["fsdp"][1] / "checkpoints" / "last.ckpt"
+    alone = ["trainer=cpu", "trainer.max_epochs=3", "data.batch_size=256", "test=false"]
+    resumed = run(runs["fsdp"][1], f"ckpt_path={last}", *alone)
+    assert resumed["train/loss"] < one["train/loss"]
