@@ -72,7 +72,7 @@ def test_a_classifier_starts_from_it(pretrained, tmp_path):
     new = {name for name in tuned if name.startswith("net.")} - same
     assert new == {"net.embedding.positions.table", "net.head.proj.bias", "net.head.proj.weight"}
     with pytest.raises(ValueError, match=r"another model: .*mixer\.d_state: 8 there, 4 here"):
-        run(tmp_path / "run", *arguments, "model.mixer.d_state=4")
+        run(tmp_path / "other", *arguments, "model.mixer.d_state=4")
 
 
 # ------------------------------------------------------------------------------------------------------------- the task
