@@ -116,7 +116,7 @@ def make_task(
     A checkpoint brings all weights: what its training started from is not needed any more.
     """
     net = instantiate(cfg.model)(spec=spec, **({"pretrained": None} if checkpoint else {}))
-    task = instantiate(cfg.task)(net=net, spec=spec, checkpoint_extras=dict(saved))
+    task: Any = instantiate(cfg.task)(net=net, spec=spec, checkpoint_extras=dict(saved))
     if checkpoint:
         load_weights(task, checkpoint)
     return task

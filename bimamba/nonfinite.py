@@ -80,7 +80,7 @@ def trace(
         handles = [m.register_forward_hook(look_at(name)) for name, m in task.named_modules() if _watched(name, m)]
         try:
             with context():
-                loss = task.training_step(batch, 0)
+                loss: Any = task.training_step(batch, 0)
             if not found and not _finite(loss):
                 found.append(Finding("the loss", "loss", "loss", _counts(loss)))
             if not found:
@@ -135,7 +135,7 @@ def _undisturbed(task: LightningModule) -> Iterator[None]:
     compiled = {m: m._compiled_call_impl for m in task.modules() if getattr(m, "_compiled_call_impl", None) is not None}
     for module in compiled:
         module._compiled_call_impl = None
-    task.log = task.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    task.log = task.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -39,9 +39,9 @@ def replay(
     saved, config = checkpoint[KEY], checkpoint["config"]
     check_targets({k: config[k] for k in ("model", "task")}, extra=trusted)
     spec = checkpoint_spec(checkpoint)
-    task = instantiate(config["task"])(net=instantiate(config["model"])(spec=spec, pretrained=None), spec=spec)
+    task: Any = instantiate(config["task"])(net=instantiate(config["model"])(spec=spec, pretrained=None), spec=spec)
     load_weights(task, chosen_weights(checkpoint, "raw"))
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
     trainer = Trainer(accelerator=accelerator, precision=config["trainer"]["precision"], **options)
     device = trainer.strategy.root_device
     task = trainer.precision_plugin.convert_module(task).to(device).train()

@@ -41,7 +41,7 @@ class GradientNorm(Callback):
         before, self._before = self._before, None
         if before is None:
             return
-        moved = torch._foreach_sub([p.detach() for p in _trained(pl_module)], before)
+        moved = list(torch._foreach_sub([p.detach() for p in _trained(pl_module)], before))
         ratio = _norm(trainer, moved) / _norm(trainer, before)
         pl_module.log("train/update_ratio", ratio, on_step=True, on_epoch=False)
 
