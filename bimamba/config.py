@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bimamba.checkpoint import check_paths, check_targets, did_you_mean, has_resolver
 from bimamba.runs import find_checkpoint
 
-STAGES = ("fit", "test", "export", "predict", "explain")
+STAGES = ("fit", "test", "predict", "explain", "export")
 # What a checkpoint decides at evaluation. The rest (logger, callbacks, paths, extras) belongs to the evaluation, and so
 # does the trainer's placement: a checkpoint of eight GPUs is evaluated on a laptop.
 EVALUATED = ("data", "model", "task", "trainer", "task_name", "tags", "seed", "monitor", "monitor_mode")

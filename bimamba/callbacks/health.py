@@ -68,7 +68,8 @@ class NumericalHealth(Callback):
         self.max_skips, self.max_saved, self.every_n_steps = max_skips, max_saved, every_n_steps
         self._window: list[tuple[Any, int, dict[str, Any]]] = []  # the batches of this step, with their random states
         self._losses: list[torch.Tensor] = []
-        self._in_a_row, self._found, self._to_save = 0, 0, None
+        self._in_a_row, self._found = 0, 0
+        self._to_save: dict[str, Any] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._due(trainer):
