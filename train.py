@@ -80,7 +80,7 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     write_json(output_dir / "spec.json", spec.to_dict())
 
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
-    task = make_task(cfg, spec, saved, checkpoint)
+    task: Any = make_task(cfg, spec, saved, checkpoint)
     trainer: Trainer = instantiate(cfg.trainer, callbacks=make_callbacks(cfg), logger=make_loggers(cfg))
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
