@@ -41,7 +41,8 @@ def replay(
     spec = checkpoint_spec(checkpoint)
     task: Any = instantiate(config["task"])(net=instantiate(config["model"])(spec=spec, pretrained=None), spec=spec)
     load_weights(task, chosen_weights(checkpoint, "raw"))
-    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "devices": 1}
+    options["enable_progress_bar"] = False
     trainer = Trainer(accelerator=accelerator, precision=config["trainer"]["precision"], **options)
     device = trainer.strategy.root_device
     task = trainer.precision_plugin.convert_module(task).to(device).train()
