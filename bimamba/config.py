@@ -54,8 +54,18 @@ def check_plugins(arguments: Sequence[str]) -> None:
         SystemExit: the search needs a package that is not installed.
     """
     wants = any(re.match(r"\+{0,2}(hparams_search|hydra/sweeper)=optuna", a) for a in arguments)
-    if wants and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+    if wants and not _has_plugin("hydra_optuna_sweeper"):
         raise SystemExit("error: hparams_search=optuna needs a package: pip install hydra-optuna-sweeper")
+    wants = any(re.match(r"hydra=submitit|hydra/launcher=submitit_", a) for a in arguments)
+    if wants and not _has_plugin("hydra_submitit_launcher"):
+        raise SystemExit("error: hydra=submitit (Slurm) needs a package: pip install hydra-submitit-launcher")
+
+
+def _has_plugin(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"hydra_plugins.{name}") is not None
+    except ModuleNotFoundError:  # not one plugin is there
+        return False
 
 
 def check(cfg: DictConfig) -> None:

@@ -161,6 +161,8 @@ def test_optuna_says_what_to_install(monkeypatch):
     monkeypatch.setattr(train.config.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install hydra-optuna-sweeper"):
         train.config.check_plugins(["-m", "hparams_search=optuna"])
+    with pytest.raises(SystemExit, match="pip install hydra-submitit-launcher"):
+        train.config.check_plugins(["hydra=submitit", "-m", "seed=1,2"])
     train.config.check_plugins(["hparams_search=grid"])
 
 
