@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class MaskedTokenTask(Task):
     Args:
         net: `net(inputs, mask) -> logits (b, l, letters)`, a `Classifier` with `model/pooling=tokens`.
         spec: its classes are the letters.
-        optimizer, scheduler, compile, checkpoint_extras, layer_decay: see `Task`.
+        optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay: see `Task`.
         label_smoothing: share of the target that is spread over all letters, in training alone.
 
     Raises:
@@ -45,10 +45,11 @@ class MaskedTokenTask(Task):
         scheduler: Callable[..., Any] | None = None,
         label_smoothing: float = 0.0,
         compile: bool = False,
+        compile_options: Mapping[str, Any] | None = None,
         checkpoint_extras: dict[str, Any] | None = None,
         layer_decay: float | None = None,
     ) -> None:
-        super().__init__(net, spec, optimizer, scheduler, compile, checkpoint_extras, layer_decay)
+        super().__init__(net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
         self.label_smoothing = label_smoothing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class SupervisedTask(Task):
         label_smoothing, class_weights, pos_weight: see `losses.SampleLoss`. `"balanced"` reads the training split.
         calibration_bins, thresholds: see `metrics.make_metrics`.
         layer_decay: see `optim.parameter_groups`.
-        compile: compile the network with `torch.compile` for training and evaluation.
+        compile, compile_options: see `Task`.
         checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
 
     Raises:
@@ -58,10 +58,11 @@ class SupervisedTask(Task):
         calibration_bins: int = 15,
         thresholds: int | None = None,
         compile: bool = False,
+        compile_options: Mapping[str, Any] | None = None,
         checkpoint_extras: dict[str, Any] | None = None,
         layer_decay: float | None = None,
     ) -> None:
-        super().__init__(net, spec, optimizer, scheduler, compile, checkpoint_extras, layer_decay)
+        super().__init__(net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay)
         self.loss = SampleLoss(spec, label_smoothing, class_weights, pos_weight)
 
         self.train_loss = MeanMetric()
