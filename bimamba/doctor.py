@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from bimamba.ops.ssd.api import _no_triton, bimamba_chunk_scan_combined, choose_backend
+from bimamba.ops.backend import triton_unavailable
+from bimamba.ops.ssd.api import bimamba_chunk_scan_combined, choose_backend
 
 # Relative errors that the kernels keep (tests/ops/kernels); the PyTorch path is better than its dtype's rounding
 BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-5}
@@ -125,7 +126,7 @@ def main() -> int:
     )
     x = torch.zeros(1, 1, 1, 16, device=device)
     backend = choose_backend(x, 16)
-    why = _no_triton(x, 16)
+    why = triton_unavailable(x)
     print(f"backend: {backend}" + (f" ({why})" if why and backend != "triton" else ""))
     good = True
     for dtype in BOUNDS if device == "cuda" else (torch.float32,):

@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "spec",
     "ops.launch",
+    "ops.backend",
+    "ops.entrance",
     "ops.ssd.reference",
     "ops.ssd.chunked",
     "ops.ssd.kernels",

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bimamba.nn.decay import undecayed
-from bimamba.ops.conv1d import ACTIVATIONS, depthwise_conv1d
+from bimamba.ops.conv1d import ACTIVATIONS, MAX_WIDTH, depthwise_conv1d
+from bimamba.ops.entrance import watched
 from bimamba.ops.gated_norm import rms_norm_gated
-from bimamba.ops.ssd import bimamba_chunk_scan_combined, mamba_chunk_scan_combined
+from bimamba.ops.ssd import bimamba_chunk_scan_combined, choose_backend, mamba_chunk_scan_combined
 
 INF = float("inf")
 
@@ -81,7 +82,7 @@ class _Mamba2(nn.Module):
             raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
-        self.activation, self.dt_limit = activation, tuple(dt_limit)
+        self.activation, self.dt_limit = activation, (dt_limit[0], dt_limit[1])
         self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
         self.tied, self.shift = tied, shift
         self.directions = 1 if tied else 2
@@ -134,18 +135,66 @@ class _Mamba2(nn.Module):
                 "sequence; expected learnable_init_states=false with packing"
             )
         projected = self.in_proj(u)
-        if self.use_mem_eff_path and torch.is_grad_enabled():
-            # keeps the projection alone and recomputes convolution, scan, norm and output projection in backward
-            return checkpoint(self._after_projection, projected, mask, seq_idx, use_reentrant=False)
-        return self._after_projection(projected, mask, seq_idx)
+        if not (self.use_mem_eff_path and torch.is_grad_enabled()):
+            return self._after_projection(projected, mask, seq_idx)
+        # keeps the projection alone and recomputes convolution, scan, norm and output projection in backward
+        if self._is_one_node(projected, mask):
+            return self._as_one_node(projected, mask, seq_idx)
+        return checkpoint(self._after_projection, projected, mask, seq_idx, use_reentrant=False)
+
+    def _is_one_node(self, projected: Tensor, mask: Tensor | None) -> bool:
+        """Whether the kernels take all that follows the projection at once; else checkpointing gives the same."""
+        x = projected[..., : self.d_inner].unflatten(-1, (self.nheads, self.headdim))
+        return not (
+            self.init_states is not None
+            or (mask is not None and self.dt_limit[0] > 0.0)
+            or self.d_conv > MAX_WIDTH
+            or watched([projected, mask, self.out_proj.weight])
+            or choose_backend(x, self.d_state) != "triton"
+        )
+
+    def _as_one_node(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+        from bimamba.ops.mixer import Form, Parameters, mixer
+
+        form = Form(
+            headdim=self.headdim,
+            d_state=self.d_state,
+            ngroups=self.ngroups,
+            bidirectional=self.bidirectional,
+            tied=self.tied,
+            shift=self.shift,
+            activate=self.activation != "none",
+            dt_limit=self.dt_limit,
+            eps=self.norm.eps,
+            norm_before_gate=self.norm.norm_before_gate,
+            group_size=self.norm.group_size,
+            allow_tf32=torch.get_float32_matmul_precision() != "highest",
+        )
+        parameters = Parameters(
+            conv_weight=self.conv1d.weight.squeeze(1),
+            conv_bias=self.conv1d.bias,
+            dt_bias=self.dt_bias,
+            A=-torch.exp(self.A_log.float()),
+            D=self.D,
+            norm_weight=self.norm.weight,
+            out_weight=self.out_proj.weight,
+            out_bias=self.out_proj.bias,
+        )
+        return mixer(projected, mask, seq_idx, parameters, form)
 
     def _after_projection(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
         d_BC = self.ngroups * self.d_state
         z, xBC, dt = projected.split([self.d_inner, self.conv1d.in_channels, self.directions * self.nheads], dim=-1)
-        xBC = depthwise_conv1d(
-            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation, not self.bidirectional, mask, seq_idx
+        x, *BC = depthwise_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.activation,
+            not self.bidirectional,
+            mask,
+            seq_idx,
+            split=(self.d_inner, *[d_BC] * 2 * self.directions),
         )
-        x, *BC = xBC.split([self.d_inner, *[d_BC] * 2 * self.directions], dim=-1)
         x = x.unflatten(-1, (self.nheads, self.headdim))
         Bs, Cs = ([t.unflatten(-1, (self.ngroups, self.d_state)) for t in BC[i::2]] for i in (0, 1))
         y = self._scan(x, dt, Bs, Cs, mask, seq_idx)
@@ -279,4 +328,3 @@ class Mamba2(_Mamba2):
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__(**arguments)
-

@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -94,3 +95,11 @@ def _kind(value: Any) -> Any:
 def _watched() -> bool:
     """Whether a profiler wants to see launches."""
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+
+
+@triton.jit
+def _probe(x):
+    pass
+
+
+INTERPRETED = not isinstance(_probe, JITFunction)  # TRITON_INTERPRET=1

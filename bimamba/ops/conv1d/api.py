@@ -1,12 +1,16 @@
-"""Depthwise convolution over the length with an activation, channels last, as Mamba blocks use it before the scan."""
+"""The public convolution: validation, choice of backend."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "none": lambda x: x}
+from ..backend import choose_backend
+from .reference import ACTIVATIONS, conv1d_reference
+
+BACKENDS = ("auto", "triton", "torch")
+MAX_WIDTH = 16  # of the kernels, which unroll the taps
+MAX_PARTS = 5
 
 
 def depthwise_conv1d(
@@ -17,49 +21,59 @@ def depthwise_conv1d(
     causal: bool = False,
     mask: Tensor | None = None,
     seq_idx: Tensor | None = None,
-) -> Tensor:
+    split: tuple[int, ...] | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
     """`y[i] = act(bias + sum_k weight[:, k] x[i + k - left])`, zeros beyond the ends, with `left = (width - 1) // 2`.
 
+    The convolution before the scan of a Mamba block (Gu and Dao 2023, arXiv:2312.00752), channels last: no transposes.
+
     Args:
-        x: `(b, l, d)`. weight: `(d, width)`. bias: `(d)`.
+        x: `(b, l, d)`, bf16, fp16, fp32 (or fp64, in PyTorch). Rows may lie apart, as those of a slice of channels do.
+        weight: `(d, width)`. bias: `(d)`. Any float dtype; the Triton kernels compute in float32.
         activation: "silu" ("swish" is the same) or "none".
         causal: only look back, `left = width - 1`.
         mask: `(b, l)` bool, False where a token is padding: it is read as zero.
         seq_idx: `(b, l)` ints: neighbours of another value are read as zero (several sequences in a row).
+        split: sizes that sum to d: the channels come back in so many tensors, each contiguous on a GPU.
+        backend: "auto" (Triton on GPUs that have it, else torch), "triton" or "torch"; `BIMAMBA_BACKEND` replaces
+            "auto".
 
     Returns:
-        `(b, l, d)`. Outputs at padding are not meaningful.
+        `(b, l, d)` in the dtype of x (that of autocast on the torch path), or a tuple of `(b, l, size)`. Outputs at
+        padding are not meaningful.
 
     Raises:
-        ValueError: sizes that do not fit, or an unknown activation.
+        ValueError: sizes or dtypes that do not fit, or an unknown activation.
     """
     d, width = weight.shape
     if x.dim() != 3 or x.shape[-1] != d:
         raise ValueError(f"x: expected (b, l, d) with d = {d} as of weight, got {tuple(x.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
+    if bias is not None and tuple(bias.shape) != (d,):
+        raise ValueError(f"bias: expected shape (d) = ({d},), got {tuple(bias.shape)}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
     for name, value in (("mask", mask), ("seq_idx", seq_idx)):
         if value is not None and value.shape != x.shape[:2]:
             raise ValueError(f"{name}: expected shape (b, l) = {tuple(x.shape[:2])}, got {tuple(value.shape)}")
-    if mask is not None:
-        x = x.masked_fill(~mask[..., None], 0.0)
-    left = width - 1 if causal else (width - 1) // 2
-    if seq_idx is None:
-        x = F.pad(x, (0, 0, left, width - 1 - left)).transpose(1, 2)
-        y = F.conv1d(x, weight[:, None], bias, groups=d).transpose(1, 2)
-    else:
-        y = _taps(x, weight, bias, left, seq_idx)
-    return ACTIVATIONS[activation](y)
+    if split is not None and (sum(split) != d or min(split) < 1):
+        raise ValueError(f"split: expected positive sizes that sum to d = {d}, got {split}")
 
+    def refusal() -> str | None:
+        if x.dtype == torch.float64:
+            return "the kernels compute in float32, and x is float64"
+        if width > MAX_WIDTH:
+            return f"the convolution's kernels take widths up to {MAX_WIDTH}, got {width}"
+        if split is not None and len(split) > MAX_PARTS:
+            return f"the convolution's kernels split into up to {MAX_PARTS} parts, got {len(split)}"
+        return None
 
-def _taps(x: Tensor, weight: Tensor, bias: Tensor | None, left: int, seq_idx: Tensor) -> Tensor:
-    """One multiplication a tap, so that each tap can be masked by where it comes from."""
-    width, l = weight.shape[1], x.shape[1]
-    weight = weight.to(x.dtype)
-    x = F.pad(x, (0, 0, left, width - 1 - left))
-    index = F.pad(seq_idx.long(), (left, width - 1 - left), value=-1)
-    y = x.new_zeros(()) if bias is None else bias.to(x.dtype)
-    for k in range(width):
-        same = (index[:, k : k + l] == seq_idx)[..., None]
-        y = y + torch.where(same, x[:, k : k + l], 0.0) * weight[:, k]
-    return y
+    if choose_backend(x, backend, BACKENDS, refusal) == "torch":
+        y = conv1d_reference(x, weight, bias, activation, causal, mask, seq_idx)
+        return y if split is None else y.split(list(split), dim=-1)
+    from .binding import conv1d
+
+    out = conv1d(x, weight, bias, activation != "none", causal, mask, seq_idx, list(split or (d,)))
+    return out[0] if split is None else tuple(out)

@@ -1,10 +1,15 @@
-"""RMS normalisation with a gate, the last step of a Mamba-2 block before its output projection."""
+"""The public norm: validation, choice of backend."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..backend import choose_backend
+from .reference import rms_norm_gated_reference
+
+BACKENDS = ("auto", "triton", "torch")
+MAX_GROUP = 16384  # channels that a program of the kernels holds
 
 
 def rms_norm_gated(
@@ -14,30 +19,39 @@ def rms_norm_gated(
     eps: float = 1e-5,
     norm_before_gate: bool = True,
     group_size: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """`RMSNorm(y) * SiLU(z)`, or `RMSNorm(y * SiLU(z))` with `norm_before_gate=False`; computed in float32 at least.
 
     Args:
-        y, z: `(..., d)`; z None: no gate. weight: `(d)`.
+        y, z: `(..., d)`; z None: no gate. Rows of z may lie apart, as those of a slice of channels do. weight: `(d)`.
         group_size: normalise groups of that many channels by themselves (Zhang and Sennrich 2019, arXiv:1910.07467,
             for the norm; Dao and Gu 2024, arXiv:2405.21060, for gate and groups).
+        backend: "auto" (Triton on GPUs that have it, else torch), "triton" or "torch"; `BIMAMBA_BACKEND` replaces
+            "auto".
 
     Returns:
         `(..., d)` in the dtype of `y`.
 
     Raises:
-        ValueError: `d` is not a multiple of `group_size`.
+        ValueError: shapes that do not fit, or `d` is not a multiple of `group_size`.
     """
     d = y.shape[-1]
-    if group_size is not None and d % group_size:
+    if group_size is not None and (group_size < 1 or d % group_size):
         raise ValueError(f"group_size: expected a divisor of {d}, got {group_size}")
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    out = y.to(dtype)
-    gate = None if z is None else F.silu(z.to(dtype))
-    if gate is not None and not norm_before_gate:
-        out = out * gate
+    if tuple(weight.shape) != (d,):
+        raise ValueError(f"weight: expected shape (d) = ({d},), got {tuple(weight.shape)}")
+    if z is not None and z.shape != y.shape:
+        raise ValueError(f"z: expected the shape of y, {tuple(y.shape)}, got {tuple(z.shape)}")
     size = group_size or d
-    out = F.rms_norm(out.unflatten(-1, (-1, size)), (size,), eps=eps).flatten(-2) * weight.to(dtype)
-    if gate is not None and norm_before_gate:
-        out = out * gate
-    return out.to(y.dtype)
+
+    def refusal() -> str | None:
+        if y.dtype == torch.float64:
+            return "the kernels compute in float32, and y is float64"
+        return f"the norm's kernels take groups up to {MAX_GROUP} channels, got {size}" if size > MAX_GROUP else None
+
+    if choose_backend(y, backend, BACKENDS, refusal) == "torch":
+        return rms_norm_gated_reference(y, z, weight, eps, norm_before_gate, size)
+    from .binding import gated_norm
+
+    return gated_norm(y, z, weight, eps, norm_before_gate, size)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backend import choose_backend as backend_rule
 from .chunked import best_chunk, ssd_chunked
 from .reference import Direction, ssd_reference
 
@@ -216,51 +216,21 @@ def _cast(dtype: torch.dtype, forward: Direction, backward: Direction | None, z:
 
 # ---------------------------------------------------------------------------------------------------- backend
 
-_said: set[str] = set()
-
 
 def choose_backend(x: Tensor, n: int, backend: str = "auto") -> str:
     """The backend that serves `x (b, l, h, p)` with state size `n`: "triton", "torch" or "reference".
 
-    "auto" falls back to torch only where Triton or a GPU is missing, or where the kernels cannot serve the size or
-    dtype; on a GPU it says so once. A kernel that fails to compile raises.
-
-    Raises:
-        ValueError: an unknown backend, or Triton demanded where it cannot serve.
+    See `bimamba.ops.backend.choose_backend` for the rule and its errors.
     """
-    source = "backend"
-    if backend == "auto" and os.environ.get("BIMAMBA_BACKEND"):
-        backend, source = os.environ["BIMAMBA_BACKEND"], "BIMAMBA_BACKEND"
-    if backend not in BACKENDS:
-        raise ValueError(f"{source}: expected one of {BACKENDS}, got {backend!r}")
-    if backend in ("torch", "reference") or (backend == "auto" and x.device.type == "cpu"):
-        return "torch" if backend == "auto" else backend
-    why = _no_triton(x, n)
-    if why is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"{source}='triton' was demanded, but {why}; use backend='torch' or 'auto'")
-    _warn_once(f"bimamba runs its PyTorch path on {x.device.type}: {why}")
-    return "torch"
+    return backend_rule(x, backend, BACKENDS, lambda: _refusal(x, n))
 
 
-@torch.compiler.disable(recursive=False)
-def _warn_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, stacklevel=4)
-
-
-def _no_triton(x: Tensor, n: int) -> str | None:
+def _refusal(x: Tensor, n: int) -> str | None:
     if x.dtype == torch.float64:
         return "the kernels compute in float32, and x is float64"
     if max(x.shape[-1], n) > MAX_SIZE:
         return f"the kernels take p and n up to {MAX_SIZE}, got p={x.shape[-1]}, n={n}"
-    try:
-        from . import binding
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    return binding.unavailable(x)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- validation

@@ -6,30 +6,16 @@ No mathematics here: `kernels/scan.py` holds the passes. Arguments are valid whe
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..entrance import below_autograd, enter
 from .kernels.choose import Problem, chunk_of
 from .kernels.scan import Inputs, Saved, scan_backward, scan_forward
-from .kernels.states import states_kernel
 
 INF = float("inf")
 
 # Saved states cost as many bytes as x at p = n = 64, recomputing them 10-20 % of a step: beyond this size memory counts
 SAVE_STATES_BYTES = 2**30
-
-
-def unavailable(x: Tensor) -> str | None:
-    """Why Triton cannot serve the device of `x`; None if it can. Triton's interpreter serves the CPU."""
-    interpreted = not isinstance(states_kernel, triton.runtime.JITFunction)
-    if interpreted:
-        return None
-    if x.device.type != "cuda":
-        return f"Triton kernels run on CUDA and ROCm devices (or with TRITON_INTERPRET=1 on the CPU), not on {x.device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name(x.device)} has less"
-    return None
 
 
 def chunk_scan(
@@ -76,7 +62,10 @@ def chunk_scan(
     if save_states is None:
         save_states = _states_bytes(x, B, bidirectional) <= SAVE_STATES_BYTES
     least, largest = dt_limit
-    y, ends, *_ = _entrance(tensors, train)(
+    y, ends, *_ = enter(
+        torch.ops.bimamba.scan.default,
+        _Scan,
+        _scan,
         *tensors,
         dt_softplus,
         float(least),
@@ -91,23 +80,6 @@ def chunk_scan(
     if not return_final_states:
         return y, None, None
     return y, ends[0], ends[1] if bidirectional else None
-
-
-def _entrance(tensors, train: bool):
-    """How a call enters. Two hundred microseconds of a step are spared where nobody watches: the operator passes its
-    thirty arguments through the dispatcher at every call."""
-    if torch.compiler.is_compiling():
-        return torch.ops.bimamba.scan.default
-    # torch.func's transforms see an autograd.Function, but not through an operator's autograd key
-    if torch._C._are_functorch_transforms_active():
-        return _Scan.apply
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    if watched or any(type(t) not in PLAIN for t in tensors):
-        return torch.ops.bimamba.scan.default
-    return _DirectScan.apply if train else _scan
-
-
-PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def _contiguous(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -268,8 +240,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.bimamba.scan.default(*args)
+        return below_autograd(torch.ops.bimamba.scan.default, _scan, *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -283,38 +254,22 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dends, *_):
-        return _gradients(ctx, dy, dends, torch.ops.bimamba.scan_backward.default)
-
-
-class _DirectScan(torch.autograd.Function):
-    """The same without the dispatcher, for plain tensors in eager mode."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        out = _scan(*args)
-        _Scan.setup_context(ctx, args, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dends, *_):
-        return _gradients(ctx, dy, dends, _scan_backward)
-
-
-def _gradients(ctx, dy, dends, scan_backward):
-    saved = ctx.saved_tensors
-    arguments = saved[:TENSORS]
-    if dy is None:
-        dy = torch.zeros_like(arguments[0])
-    grads = iter(scan_backward(dy, dends, *arguments, *ctx.flags, *saved[TENSORS:], ctx.allow_tf32))
-    of_tensors = [next(grads) if t is not None and i != SEQ_IDX else None for i, t in enumerate(arguments)]
-    return *of_tensors, *([None] * (len(ctx.flags) + 4))
+        saved = ctx.saved_tensors
+        arguments = saved[:TENSORS]
+        if dy is None:
+            dy = torch.zeros_like(arguments[0])
+        operator = torch.ops.bimamba.scan_backward.default
+        args = (dy, dends, *arguments, *ctx.flags, *saved[TENSORS:], ctx.allow_tf32)
+        grads = iter(below_autograd(operator, _scan_backward, *args))
+        of_tensors = [next(grads) if t is not None and i != SEQ_IDX else None for i, t in enumerate(arguments)]
+        return *of_tensors, *([None] * (len(ctx.flags) + 4))
 
 
 def _scan_autograd(*args):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:TENSORS]):
         return _Scan.apply(*args)
-    return _Scan.forward(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.bimamba.scan.default(*args)
 
 
 _library.impl("scan", _scan_autograd, "Autograd")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import assert_close, leaves, oracle, problem, rebuilt, results
 
-from bimamba.ops.ssd import binding
+from bimamba.ops.backend import triton_unavailable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -116,6 +116,6 @@ def test_one_initial_state_is_enough(run):
 
 def test_unavailable_names_the_device():
     if DEVICE == "cpu":
-        assert binding.unavailable(torch.zeros(1)) is None  # the interpreter
+        assert triton_unavailable(torch.zeros(1)) is None  # the interpreter
     else:
-        assert "cpu" in binding.unavailable(torch.zeros(1))
+        assert "cpu" in triton_unavailable(torch.zeros(1))

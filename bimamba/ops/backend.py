@@ -1,0 +1,62 @@
+"""Which implementation serves a call: the rule that all operators share."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_said: set[str] = set()
+
+
+def choose_backend(x: Tensor, backend: str, backends: tuple[str, ...], refusal: Callable[[], str | None]) -> str:
+    """One of `backends`, which hold "auto", "triton" and "torch".
+
+    "auto" (which the environment variable `BIMAMBA_BACKEND` replaces) falls back to torch only where Triton or a GPU is
+    missing, or where the kernels cannot serve the call, as `refusal` says; on a GPU it warns, once. A kernel that fails
+    to compile raises.
+
+    Raises:
+        ValueError: an unknown backend, or Triton demanded where it cannot serve.
+    """
+    source = "backend"
+    if backend == "auto" and os.environ.get("BIMAMBA_BACKEND"):
+        backend, source = os.environ["BIMAMBA_BACKEND"], "BIMAMBA_BACKEND"
+        if backend == "reference" and backend not in backends:  # an operator whose reference is its PyTorch path
+            return "torch"
+    if backend not in backends:
+        raise ValueError(f"{source}: expected one of {backends}, got {backend!r}")
+    if backend not in ("auto", "triton") or (backend == "auto" and x.device.type == "cpu"):
+        return "torch" if backend == "auto" else backend
+    why = refusal() or triton_unavailable(x)
+    if why is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"{source}='triton' was demanded, but {why}; use backend='torch' or 'auto'")
+    _warn_once(f"bimamba runs its PyTorch path on {x.device.type}: {why}")
+    return "torch"
+
+
+def triton_unavailable(x: Tensor) -> str | None:
+    """Why Triton cannot serve the device of `x`; None if it can. Triton's interpreter serves the CPU."""
+    try:
+        from .launch import INTERPRETED
+    except ImportError as error:
+        return f"Triton 3.6 or newer cannot be imported ({error})"
+    if INTERPRETED:
+        return None
+    if x.device.type != "cuda":
+        return f"Triton kernels run on CUDA and ROCm devices (or with TRITON_INTERPRET=1 on the CPU), not on {x.device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name(x.device)} has less"
+    return None
+
+
+@torch.compiler.disable(recursive=False)
+def _warn_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, stacklevel=4)

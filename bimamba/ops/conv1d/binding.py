@@ -1,0 +1,115 @@
+"""The convolution as PyTorch operators, `bimamba::conv1d` and `bimamba::conv1d_backward`, with fakes and autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..entrance import below_autograd, enter
+from .kernels import conv_backward, conv_forward
+from .reference import taps_before
+
+_library = torch.library.Library("bimamba", "FRAGMENT")
+_library.define(
+    "conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? seq_idx, bool activate, bool causal, "
+    "int[] split) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "conv1d_backward(Tensor?[] dys, Tensor x, Tensor weight, Tensor? bias, Tensor? mask, Tensor? seq_idx, "
+    "bool activate, bool causal, int[] split) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activate: bool,
+    causal: bool,
+    mask: Tensor | None,
+    seq_idx: Tensor | None,
+    split: list[int],
+) -> list[Tensor]:
+    """See `api.depthwise_conv1d`; the parts of the output."""
+    if seq_idx is not None:
+        seq_idx = seq_idx.to(torch.int32)
+    args = (x, weight, bias, mask, seq_idx, activate, causal, split)
+    return list(enter(torch.ops.bimamba.conv1d.default, _Conv1d, _forward, *args))
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    """x `(b, l, d)` with channels side by side and all rows, also across the batch, at one distance."""
+    b, l, _ = x.shape
+    regular = x.stride(2) == 1 and (b == 1 or x.stride(0) == l * x.stride(1))
+    return x if regular else x.contiguous()
+
+
+def _flags(mask: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    return mask, None if seq_idx is None else seq_idx.contiguous()
+
+
+def _forward(x, weight, bias, mask, seq_idx, activate, causal, split):
+    left = taps_before(weight.shape[1], causal)
+    return conv_forward(rows_apart(x), weight.contiguous(), bias, activate, left, *_flags(mask, seq_idx), list(split))
+
+
+def _backward(dys, x, weight, bias, mask, seq_idx, activate, causal, split):
+    b, l, d = x.shape
+    dys = [
+        torch.zeros((b, l, size), dtype=x.dtype, device=x.device) if dy is None else dy.to(x.dtype).contiguous()
+        for dy, size in zip(dys, split, strict=True)
+    ]
+    dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
+    left = taps_before(weight.shape[1], causal)
+    flags = _flags(mask, seq_idx)
+    dweight, dbias = conv_backward(dys, rows_apart(x), weight.contiguous(), bias, activate, left, *flags, dx)
+    dbias = weight.new_empty(0) if dbias is None else dbias.to(bias.dtype).clone()
+    return dx, dweight.to(weight.dtype).contiguous(), dbias
+
+
+def _forward_fake(x, weight, bias, mask, seq_idx, activate, causal, split):
+    return [x.new_empty((*x.shape[:2], size)) for size in split]
+
+
+def _backward_fake(dys, x, weight, bias, mask, seq_idx, activate, causal, split):
+    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("conv1d", _forward, _device)
+    _library.impl("conv1d_backward", _backward, _device)
+torch.library.register_fake("bimamba::conv1d", _forward_fake, lib=_library)
+torch.library.register_fake("bimamba::conv1d_backward", _backward_fake, lib=_library)
+
+
+class _Conv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return tuple(below_autograd(torch.ops.bimamba.conv1d.default, _forward, *args))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.flags = inputs[5:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        saved = ctx.saved_tensors  # once: checkpointing unpacks anew at every look
+        args = (list(dys), *saved, *ctx.flags)
+        dx, dweight, dbias = below_autograd(torch.ops.bimamba.conv1d_backward.default, _backward, *args)
+        return dx, dweight, dbias if saved[2] is not None else None, *([None] * 5)
+
+
+def _autograd(*args):
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return list(_Conv1d.apply(*args))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.bimamba.conv1d.default(*args)
+
+
+_library.impl("conv1d", _autograd, "Autograd")

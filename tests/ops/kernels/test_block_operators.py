@@ -1,0 +1,121 @@
+"""Convolution and gated norm: Triton (the interpreter without a GPU) against PyTorch, outputs and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import relative_error
+
+from bimamba.ops.conv1d import depthwise_conv1d
+from bimamba.ops.gated_norm import rms_norm_gated
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3} | ({torch.bfloat16: 6e-3} if DEVICE == "cuda" else {})
+
+
+def compared(run, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """`run(backend, **tensors)` on both backends, the PyTorch one in float64: outputs and all gradients."""
+    results = []
+    for backend in ("triton", "torch"):
+        wide = torch.float64 if backend == "torch" else dtype
+        own = {
+            k: v.to(wide if k in ("x", "y", "z") else v.dtype if wide == dtype else wide) for k, v in tensors.items()
+        }
+        own = {k: v.detach().requires_grad_() for k, v in own.items()}
+        out = run(backend, **own)
+        out = out if isinstance(out, tuple) else (out,)
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in out]
+        grads = torch.autograd.grad(out, list(own.values()), cotangents)
+        results.append(
+            {f"out {i}": o for i, o in enumerate(out)} | dict(zip((f"d{k}" for k in own), grads, strict=True))
+        )
+    for name, value in results[0].items():
+        assert value.isfinite().all(), name
+        assert relative_error(value, results[1][name]) <= BOUNDS[dtype], name
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "width, options",
+    [(2, {}), (3, dict(mask=True)), (7, dict(seq=True)), (9, dict(mask=True, seq=True)), (4, dict(activation="none"))],
+    ids=str,
+)
+def test_conv1d(width, options, causal, dtype):
+    b, l, split = 2, 71, (70, 16, 5)
+    d = sum(split)
+    mask = torch.arange(l, device=DEVICE).expand(b, l) < torch.tensor([[l], [50]], device=DEVICE)
+    seq = (torch.arange(l, device=DEVICE) // 23).expand(b, l).contiguous()
+
+    def run(backend, x, **parameters):
+        return depthwise_conv1d(
+            x,
+            **parameters,
+            causal=causal,
+            mask=mask if options.get("mask") else None,
+            seq_idx=seq if options.get("seq") else None,
+            activation=options.get("activation", "silu"),
+            split=split,
+            backend=backend,
+        )
+
+    tensors = dict(x=draw(b, l, d).to(dtype), weight=draw(d, width, seed=1), bias=draw(d, seed=2))
+    compared(run, tensors, dtype)
+
+
+def test_conv1d_of_a_slice_without_bias():
+    """The block's own use: channels of a wider tensor, read where they lie."""
+    x, weight = draw(2, 33, 50), draw(20, 7, seed=1)
+    run = lambda backend, x, weight: depthwise_conv1d(x[..., 10:30], weight, backend=backend)  # noqa: E731
+    compared(run, dict(x=x, weight=weight), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("before, group", [(True, None), (False, None), (False, 24), (True, 24)])
+def test_gated_norm(before, group, gated, dtype):
+    def run(backend, y, weight, z=None):
+        return rms_norm_gated(y, z, weight, 1e-5, before, group, backend)
+
+    tensors = dict(y=draw(2, 19, 72).to(dtype), weight=draw(72, seed=1))
+    compared(run, tensors | (dict(z=draw(2, 19, 72, seed=2).to(dtype)) if gated else {}), dtype)
+
+
+def test_gated_norm_of_a_slice():
+    y, z, weight = draw(2, 19, 40), draw(2, 19, 100, seed=2), draw(40, seed=1)
+    run = lambda backend, y, z, weight: rms_norm_gated(y, z[..., 30:70], weight, backend=backend)  # noqa: E731
+    compared(run, dict(y=y, z=z, weight=weight), torch.float32)
+
+
+def test_opcheck():
+    x, weight, bias = (t.requires_grad_() for t in (draw(1, 9, 20), draw(20, 3, seed=1), draw(20, seed=2)))
+    mask = torch.ones(1, 9, dtype=torch.bool, device=DEVICE)
+    from bimamba.ops.conv1d import binding  # noqa: F401
+    from bimamba.ops.gated_norm import binding as _  # noqa: F401
+
+    torch.library.opcheck(torch.ops.bimamba.conv1d.default, (x, weight, bias, mask, None, True, False, [16, 4]))
+    args = (x, x.detach().clone().requires_grad_(), bias, 1e-5, True, 10)
+    torch.library.opcheck(torch.ops.bimamba.gated_norm.default, args)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x, w: depthwise_conv1d(x, w, split=(3, 3)), "split: expected positive sizes that sum to d = 4"),
+        (lambda x, w: depthwise_conv1d(x, w, mask=torch.ones(1, 5)), "mask: expected dtype bool"),
+        (lambda x, w: depthwise_conv1d(x, w, bias=torch.ones(3)), "bias: expected shape"),
+        (lambda x, w: depthwise_conv1d(x, w, backend="fast"), "backend: expected one of"),
+        (lambda x, w: depthwise_conv1d(x, torch.ones(4, 40), backend="triton"), "widths up to 16, got 40"),
+        (lambda x, w: rms_norm_gated(x, x[..., :2], torch.ones(4)), "z: expected the shape of y"),
+        (lambda x, w: rms_norm_gated(x, x, torch.ones(3)), "weight: expected shape"),
+        (lambda x, w: rms_norm_gated(x, x, torch.ones(4), group_size=3), "group_size: expected a divisor of 4"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(1, 5, 4), torch.ones(4, 3))

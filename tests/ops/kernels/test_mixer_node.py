@@ -1,0 +1,97 @@
+"""`use_mem_eff_path`: the block as one node on the kernels gives what its parts give, outputs and all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import relative_error
+
+from bimamba.nn import BiMamba2, Mamba2
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+L = 37
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch):
+    monkeypatch.setenv("BIMAMBA_BACKEND", "triton")
+
+
+def results(module, u, mask, seq_idx, node):
+    module.use_mem_eff_path = node
+    module.zero_grad()
+    leaf = u.clone().requires_grad_()
+    out = module(leaf, mask, seq_idx)
+    if mask is not None:
+        out = out.masked_fill(~mask[..., None], 0.0)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))
+    grads = {f"d {name}": p.grad.clone() for name, p in module.named_parameters()}
+    return {"out": out.detach(), "du": leaf.grad, **grads}
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (BiMamba2, {}),
+        (BiMamba2, dict(tied=False, bias=True, mask=True)),
+        (BiMamba2, dict(shift=True, seq=True, norm_before_gate=False)),
+        (BiMamba2, dict(ngroups=2, conv_bias=False, activation="none", dt_limit=(0.001, 0.1))),
+        (Mamba2, dict(mask=True, seq=True)),
+    ],
+    ids=str,
+)
+def test_node_equals_parts(kind, options):
+    torch.manual_seed(0)
+    options = dict(options)
+    with_mask, with_seq = options.pop("mask", False), options.pop("seq", False)
+    module = kind(16, d_state=8, headdim=8, **options).to(DEVICE)
+    u = torch.randn(2, L, 16, device=DEVICE)
+    mask = (torch.arange(L, device=DEVICE) < torch.tensor([[L], [20]], device=DEVICE)) if with_mask else None
+    seq_idx = (torch.arange(L, device=DEVICE) // 15).expand(2, L).contiguous() if with_seq else None
+    assert module._is_one_node(torch.empty(2, L, module.in_proj.out_features, device=DEVICE), mask)
+    expected = results(module, u, mask, seq_idx, node=False)
+    got = results(module, u, mask, seq_idx, node=True)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(got[name], value) < 2e-6, name
+
+
+def test_what_the_node_cannot_do_is_checkpointed():
+    """Learned initial states, and a least step size beside padding: the same results another way."""
+    torch.manual_seed(0)
+    mask = torch.arange(L, device=DEVICE) < torch.tensor([[L], [20]], device=DEVICE)
+    for module in (
+        BiMamba2(16, d_state=8, headdim=8, learnable_init_states=True),
+        BiMamba2(16, d_state=8, headdim=8, dt_limit=(0.01, 0.1)),
+    ):
+        module = module.to(DEVICE)
+        u = torch.randn(2, L, 16, device=DEVICE)
+        assert not module._is_one_node(torch.empty(2, L, module.in_proj.out_features, device=DEVICE), mask)
+        expected, got = (results(module, u, mask, None, node) for node in (False, True))
+        for name, value in expected.items():
+            assert relative_error(got[name], value) < 2e-6, name
+
+
+def test_node_under_autocast():
+    torch.manual_seed(0)
+    module = BiMamba2(16, d_state=8, headdim=8).to(DEVICE)
+    u = torch.randn(2, L, 16, device=DEVICE)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter's bf16 products are not reliable
+    with torch.autocast(DEVICE, dtype=dtype):
+        got = results(module, u, None, None, node=True)
+        assert got["out"].dtype == dtype
+        expected = results(module, u, None, None, node=False)
+    for name, value in expected.items():
+        assert value.dtype == got[name].dtype, name
+        assert relative_error(got[name], value) < (2e-2 if DEVICE == "cuda" else 3e-3), name
+
+
+def test_node_keeps_the_projection_alone():
+    module = BiMamba2(16, d_state=8, headdim=8, use_mem_eff_path=True).to(DEVICE)
+    u = torch.randn(2, L, 16, device=DEVICE, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(u)
+    own = {p.data_ptr() for p in module.parameters()} | {u.data_ptr()}
+    activations = [t for t in kept if t.data_ptr() not in own and t.numel() > 500]
+    assert [tuple(t.shape) for t in activations] == [(2, L, module.in_proj.out_features)]
