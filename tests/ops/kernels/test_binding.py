@@ -7,6 +7,7 @@ import torch
 from problems import assert_close, leaves, oracle, problem, rebuilt, results
 
 from bimamba.ops.backend import triton_unavailable
+from bimamba.ops.ssd import binding  # noqa: F401 - registers the operators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -1,0 +1,121 @@
+"""task.compile: one graph, few of them whatever the shapes, the same losses; a clear word where no compiler is."""
+
+import shutil
+from functools import partial
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from bimamba.data.collate import pack_rows
+from bimamba.models import Classifier
+from bimamba.nn import BiMamba2, ClassTokenPooling, MeanPooling
+from bimamba.packing import Packing
+from bimamba.spec import DataSpec
+from bimamba.tasks import SupervisedTask
+from bimamba.tasks.compilation import compile_network
+
+DNA = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACGTN", max_length=400)
+
+
+def network(pooling=MeanPooling, **options):
+    torch.manual_seed(0)
+    mixer = partial(BiMamba2, headdim=8, d_state=4, **options)
+    return Classifier(DNA, 16, 1, mixer=mixer, pooling=pooling)
+
+
+def counted(net, backend="eager", **options):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(backend)
+    compile_network(net, backend=counter, **options)
+    return counter
+
+
+def padded(b, l, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(l // 2, l, (b, 1), generator=generator)
+    mask = torch.arange(l) <= lengths
+    return torch.randint(1, 6, (b, l), generator=generator) * mask, mask
+
+
+def packed(n, l, seed=0):
+    lengths = torch.from_numpy(np.random.default_rng(seed).integers(5, l, n))
+    flat = torch.arange(int(lengths.sum())) % 5 + 1
+    inputs, mask, packing = pack_rows(flat, lengths.cumsum(0) - lengths, lengths, 3 * l)
+    return inputs, mask, *packing
+
+
+def test_steps_of_one_shape_share_one_graph():
+    net, plain = network(), network()
+    counter = counted(net, backend="aot_eager")
+    for seed in range(3):
+        inputs = padded(4, 60, seed)
+        results = []
+        for model in (net, plain):
+            logits = model(*inputs)
+            results.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 1  # fullgraph=True: a break would have raised
+
+
+@pytest.mark.parametrize("make", [padded, packed])
+def test_other_batch_sizes_and_lengths_do_not_compile_again(make):
+    """On CPUs a length that is a multiple of the chunk has a graph of its own: nothing needs to be padded."""
+    net, plain = network(ClassTokenPooling if make is packed else MeanPooling).eval(), None
+    counter = counted(net, dynamic=True)
+    with torch.no_grad():
+        for b, l in ((4, 150), (5, 170), (7, 210)):
+            net(*make(b, l))
+        known = counter.frame_count
+        for b, l in ((3, 163), (8, 333), (6, 287)):
+            logits = net(*make(b, l))
+        plain = network(type(net.pooling)).eval()
+        torch.testing.assert_close(logits, plain(*make(6, 287)), atol=1e-5, rtol=1e-4)
+    assert known <= 3 and counter.frame_count == known
+
+
+def fit(tmp_path, backend="inductor", **options):
+    """Losses of five steps through the Trainer."""
+    torch.compiler.reset()
+    rows = [dict(zip(("inputs", "mask"), padded(4, 30, s), strict=True)) for s in range(5)]
+    rows = [row | {"label": torch.tensor([0, 1, 1, 0]), "id": list("abcd")} for row in rows]
+    task = SupervisedTask(
+        network(), DNA, partial(torch.optim.SGD, lr=0.1), compile_options={"backend": backend}, **options
+    )
+    losses = []
+    task.on_train_batch_end = lambda outputs, *_: losses.append(float(outputs["loss"]))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(task, torch.utils.data.DataLoader(rows, batch_size=None), weights_only=True)
+    return losses
+
+
+def test_losses_are_those_of_eager(tmp_path):
+    losses = fit(tmp_path, "aot_eager", compile=True)
+    assert len(losses) == 5 and losses == pytest.approx(fit(tmp_path), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_eager_with_inductor(tmp_path):
+    assert fit(tmp_path, compile=True) == pytest.approx(fit(tmp_path), rel=1e-4)
+
+
+def test_clear_errors(monkeypatch):
+    with pytest.raises(ValueError, match=r"compile_options\.mode: expected null or one of default, .* got 'fast'"):
+        compile_network(network(), mode="fast")
+    with pytest.raises(ValueError, match="expected null with backend='eager'"):
+        compile_network(network(), mode="reduce-overhead", backend="eager")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"task\.compile=true: expected a C\+\+ compiler .* found none"):
+        SupervisedTask(network(), DNA, partial(torch.optim.SGD, lr=0.1), compile=True)
+    assert Packing._fields == ("seq_idx", "bounds", "order")  # the order of the network's arguments
