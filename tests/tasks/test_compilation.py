@@ -43,7 +43,7 @@ def padded(b, l, seed=0):
 def packed(n, l, seed=0):
     lengths = torch.from_numpy(np.random.default_rng(seed).integers(5, l, n))
     flat = torch.arange(int(lengths.sum())) % 5 + 1
-    inputs, mask, packing = pack_rows(flat, lengths.cumsum(0) - lengths, lengths, 3 * l)
+    inputs, mask, packing = pack_rows(flat, lengths.cumsum(0) - lengths, lengths, 3 * l, pad_to_multiple=16)
     return inputs, mask, *packing
 
 
@@ -64,17 +64,15 @@ def test_steps_of_one_shape_share_one_graph():
 @pytest.mark.parametrize("make", [padded, packed])
 def test_other_batch_sizes_and_lengths_do_not_compile_again(make):
     """On CPUs a length that is a multiple of the chunk has a graph of its own: nothing needs to be padded."""
-    net, plain = network(ClassTokenPooling if make is packed else MeanPooling).eval(), None
+    net = network(MeanPooling if make is packed else ClassTokenPooling).eval()
     counter = counted(net, dynamic=True)
     with torch.no_grad():
-        for b, l in ((4, 150), (5, 170), (7, 210)):
-            net(*make(b, l))
-        known = counter.frame_count
-        for b, l in ((3, 163), (8, 333), (6, 287)):
+        net(*make(4, 150))
+        for b, l in ((7, 210), (3, 163), (8, 333), (6, 286)):
             logits = net(*make(b, l))
         plain = network(type(net.pooling)).eval()
-        torch.testing.assert_close(logits, plain(*make(6, 287)), atol=1e-5, rtol=1e-4)
-    assert known <= 3 and counter.frame_count == known
+        torch.testing.assert_close(logits, plain(*make(6, 286)), atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 1
 
 
 def fit(tmp_path, backend="inductor", **options):

@@ -50,7 +50,8 @@ def ssd_chunked(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     l, p, n = x.shape[1], x.shape[-1], forward.B.shape[-1]
-    q = min(chunk_size or best_chunk(l, p, n), l)
+    q = chunk_size or best_chunk(l, p, n)
+    q = q if q < l else l  # not min(): of a free length, a compiler would carry it through every shape
     pad = -l % q
     tied = backward is forward
 
