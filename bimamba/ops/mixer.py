@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .conv1d.binding import kernel_flags
 from .conv1d.kernels import conv_backward, conv_forward
 from .conv1d.reference import taps_before
 from .gated_norm.kernels import norm_backward, norm_forward
@@ -58,7 +59,6 @@ def mixer(projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None, parame
     Args:
         projected: contiguous, the dtype to compute in. mask: `(b, l)` bool. seq_idx: `(b, l)` ints.
     """
-    mask = None if mask is None else mask.contiguous()
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
     return _Mixer.apply(projected.contiguous(), mask, seq_idx, form, *parameters)
 
@@ -111,7 +111,7 @@ class _Mixer(torch.autograd.Function):
         dparts = [t for t in (grads.x, grads.B[0], grads.C[0], grads.B[1], grads.C[1]) if t is not None]
         b, l, _ = projected.shape
         dconv_weight, dconv_bias = conv_backward(
-            [t.view(b, l, -1) for t in dparts], step.xBC, *_conv_form(form, p), *_flags(mask, seq_idx), dxBC
+            [t.view(b, l, -1) for t in dparts], step.xBC, *_conv_form(form, p), *kernel_flags(mask, seq_idx), dxBC
         )
 
         def joined(pair):
@@ -138,7 +138,7 @@ def _until_norm(projected: Tensor, mask, seq_idx, form: Form, p: Parameters, sav
     d_BC = form.ngroups * form.d_state
     directions = 1 if form.tied else 2
     sizes = [heads * form.headdim, *[d_BC] * (2 * directions)]
-    parts = conv_forward(xBC, *_conv_form(form, p), *_flags(mask, seq_idx), sizes)
+    parts = conv_forward(xBC, *_conv_form(form, p), *kernel_flags(mask, seq_idx), sizes)
     x = parts[0].view(b, l, heads, form.headdim)
     B, C, *back = (t.view(b, l, form.ngroups, form.d_state) for t in parts[1:])
     # softplus(-1e4) is exactly 0: padding neither decays nor adds
@@ -182,10 +182,6 @@ def _conv_form(form: Form, p: Parameters) -> tuple:
 
 def _norm_form(form: Form, p: Parameters) -> tuple:
     return form.eps, form.norm_before_gate, form.group_size or p.norm_weight.shape[0]
-
-
-def _flags(mask: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return None if mask is None else mask.view(torch.uint8), seq_idx
 
 
 def _rows(t: Tensor) -> Tensor:

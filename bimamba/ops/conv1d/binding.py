@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..entrance import below_autograd, enter
+from ..entrance import below_autograd, differentiable, enter
 from .kernels import conv_backward, conv_forward
 from .reference import taps_before
 
@@ -46,14 +46,16 @@ def rows_apart(x: Tensor) -> Tensor:
     return x if regular else x.contiguous()
 
 
-def _flags(mask: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def kernel_flags(mask: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and ids as the kernels read them."""
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     return mask, None if seq_idx is None else seq_idx.contiguous()
 
 
 def _forward(x, weight, bias, mask, seq_idx, activate, causal, split):
     left = taps_before(weight.shape[1], causal)
-    return conv_forward(rows_apart(x), weight.contiguous(), bias, activate, left, *_flags(mask, seq_idx), list(split))
+    flags = kernel_flags(mask, seq_idx)
+    return conv_forward(rows_apart(x), weight.contiguous(), bias, activate, left, *flags, list(split))
 
 
 def _backward(dys, x, weight, bias, mask, seq_idx, activate, causal, split):
@@ -64,7 +66,7 @@ def _backward(dys, x, weight, bias, mask, seq_idx, activate, causal, split):
     ]
     dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
     left = taps_before(weight.shape[1], causal)
-    flags = _flags(mask, seq_idx)
+    flags = kernel_flags(mask, seq_idx)
     dweight, dbias = conv_backward(dys, rows_apart(x), weight.contiguous(), bias, activate, left, *flags, dx)
     dbias = weight.new_empty(0) if dbias is None else dbias.to(bias.dtype).clone()
     return dx, dweight.to(weight.dtype).contiguous(), dbias
@@ -105,11 +107,4 @@ class _Conv1d(torch.autograd.Function):
         return dx, dweight, dbias if saved[2] is not None else None, *([None] * 5)
 
 
-def _autograd(*args):
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return list(_Conv1d.apply(*args))
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.bimamba.conv1d.default(*args)
-
-
-_library.impl("conv1d", _autograd, "Autograd")
+differentiable(_library, torch.ops.bimamba.conv1d.default, _Conv1d)

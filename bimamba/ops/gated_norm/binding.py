@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..entrance import below_autograd, enter
+from ..entrance import below_autograd, differentiable, enter
 from .kernels import norm_backward, norm_forward
 
 _library = torch.library.Library("bimamba", "FRAGMENT")
@@ -81,11 +81,4 @@ class _GatedNorm(torch.autograd.Function):
         return dy, dz if saved[1] is not None else None, dweight, None, None, None
 
 
-def _autograd(*args):
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return _GatedNorm.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.bimamba.gated_norm.default(*args)
-
-
-_library.impl("gated_norm", _autograd, "Autograd")
+differentiable(_library, torch.ops.bimamba.gated_norm.default, _GatedNorm)
