@@ -22,11 +22,13 @@ from bimamba import config
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
 from bimamba.export import export
 from bimamba.loggers import finish_wandb
+from bimamba.quiet import quiet
 from bimamba.runs import claimed, locate
 from bimamba.spec import DataSpec
 
 config.register_resolvers()
 config.load_dotenv()
+quiet()
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None) -> dict[str, float]:

@@ -96,7 +96,7 @@ class WandbLogger(loggers.WandbLogger):
         options: further arguments of `wandb.init` (project, group, tags, …).
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode; at its first use: W&B refuses the run, or cannot be reached.
     """
 
     def __init__(
@@ -127,8 +127,13 @@ class WandbLogger(loggers.WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run; its first use begins it, lays out its sections and keeps the code."""
+        import wandb
+
         begun = self._experiment is not None
-        run = super().experiment
+        try:
+            run = super().experiment
+        except wandb.Error as error:  # no account, no network, no such entity
+            raise ValueError(f"logger.wandb: {error} Or train with logger.wandb.mode=offline.") from error
         if not begun and self.mode != "disabled":
             for section in SECTIONS:
                 run.define_metric(f"{section}/*", step_metric=STEP, step_sync=True)

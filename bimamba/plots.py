@@ -151,13 +151,13 @@ def learning_curves(history: Sequence[Mapping[str, Any]], best_epoch: int | None
     for axes in grid[len(shown) :]:
         axes.set_visible(False)
     for axes, name in zip(grid, shown, strict=False):
-        for split, colour in (("train", GREY), ("val", BLUE)):
+        for split, colour in (("train", ORANGE), ("val", BLUE)):
             points = [(r["epoch"], r[f"{split}/{name}"]) for r in history if f"{split}/{name}" in r]
             if points:
                 marker = "o" if len(points) < 30 else None
                 axes.plot(*zip(*points, strict=True), color=colour, label=split, marker=marker, markersize=3)
         if best_epoch is not None:
-            axes.axvline(best_epoch, color=ORANGE, linewidth=0.8, linestyle=":", label="best")
+            axes.axvline(best_epoch, color=GREY, linewidth=0.8, linestyle=":", label="best")
         axes.set(title=name.replace("_", " "), xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if name == "loss":

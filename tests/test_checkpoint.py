@@ -25,7 +25,7 @@ def test_missing_files_name_their_neighbours(tmp_path):
         read_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip", b"export A=1\n. ./env\n"])
 def test_damaged_files(tmp_path, content):
     path = tmp_path / "x.ckpt"
     path.write_bytes(content)

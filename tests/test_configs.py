@@ -133,7 +133,7 @@ def test_every_common_key_of_the_trainer_is_there(tmp_path):
 
     from lightning.pytorch import Trainer
 
-    given = set(composed(tmp_path).trainer) - {"_target_"}
+    given = set(composed(tmp_path).trainer) - {"_target_", "_convert_"}
     accepted = set(inspect.signature(Trainer.__init__).parameters)
     assert given <= accepted
     # train.py supplies these; the rest is for Lightning's own platform

@@ -34,7 +34,7 @@ class Losses(Callback):
     """Remembers the loss of every step, and stops after one of them as a crash would."""
 
     def __init__(self, crash_after=None, signal_at=None):
-        self.seen, self.crash_after, self.signal_at = {}, crash_after, signal_at
+        self.seen, self.validated, self.crash_after, self.signal_at = {}, {}, crash_after, signal_at
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.signal_at:
@@ -45,6 +45,9 @@ class Losses(Callback):
         self.seen[step] = (outputs["loss"].item(), batch["id"][0], batch["inputs"].sum().item())
         if step == self.crash_after:
             raise RuntimeError("crash")
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validated[trainer.global_step] = trainer.callback_metrics["val/loss"].item()
 
 
 def trained(folder, spy, *overrides, monkeypatch):
@@ -124,6 +127,21 @@ def test_sigterm_saves_and_stops_with_its_number(whole, tmp_path, monkeypatch, c
     assert spy.seen == {k: v for k, v in whole[0].items() if k > stopped}
     assert metrics == {k: whole[1][k] for k in metrics}
     assert not path.exists()  # it has served
+
+
+@pytest.mark.parametrize("stop", [{"crash_after": 5}, {"signal_at": 3}, {"signal_at": 5}])
+def test_a_validation_in_mid_epoch_is_neither_lost_nor_repeated(tmp_path, monkeypatch, stop):
+    options = [*OPTIONS, "trainer.val_check_interval=4", "callbacks.model_checkpoint.every_n_train_steps=4"]
+    every, first, second = Losses(), Losses(**stop), Losses()
+    metrics = trained(tmp_path / "whole", every, *options, monkeypatch=monkeypatch)
+    with pytest.raises((RuntimeError, SystemExit)):
+        trained(tmp_path / "stopped", first, *options, monkeypatch=monkeypatch)
+    path = tmp_path / "stopped" / "checkpoints" / ("interrupted.ckpt" if "signal_at" in stop else "last.ckpt")
+    assert load(path)["global_step"] == (6 if stop == {"signal_at": 5} else 4)
+    again = trained(tmp_path / "stopped", second, f"ckpt_path={path}", monkeypatch=monkeypatch)
+    assert list(every.validated) == [4, 8, 13, 17] and list(first.validated) == [4] and 4 not in second.validated
+    assert {**first.validated, **second.validated} == every.validated
+    assert {**first.seen, **second.seen} == every.seen and again == {k: metrics[k] for k in again}
 
 
 def test_a_second_ctrl_c_stops_at_once():

@@ -146,6 +146,17 @@ def test_switches_of_the_trainer_need_no_other_callbacks(tmp_path):
     assert "test/accuracy" in metrics  # of the last weights
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(tmp_path, precision):
+    metrics = run(tmp_path, *DIGITS, f"trainer.precision={precision}", "trainer.fast_dev_run=true")
+    assert 1.5 < metrics["train/loss"] < 3.5 and 1.5 < metrics["test/loss"] < 3.5
+
+
+def test_an_end_by_the_clock(tmp_path):
+    metrics = run(tmp_path, *DIGITS, "trainer.max_epochs=99999", "trainer.max_time={seconds: 1}")
+    assert "test/accuracy" in metrics and (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_seed_zero_is_a_seed_and_null_is_none(tmp_path):
     options = [*DIGITS, "trainer.fast_dev_run=true"]
     a, b = (run(tmp_path / n, *options, "seed=0")["train/loss"] for n in "ab")
@@ -166,9 +177,14 @@ def test_seed_zero_is_a_seed_and_null_is_none(tmp_path):
         (["monitor=test/accuracy"], "must not choose the model"),
         (["seed=0", "task.label_smoothing=2"], "label_smoothing"),
         (["task.scheduler.warmup=-3"], "warmup"),
+        (["callbacks.model_checkpoint.save_top_k=3"], "the last one would overwrite the best"),
+        (["logger=wandb", "logger.wandb.mode=online"], "logger.wandb.mode=offline"),
     ],
 )
-def test_bad_values(tmp_path, overrides, message):
+def test_bad_values(tmp_path, monkeypatch, overrides, message):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))  # nobody is logged in
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(SystemExit) as caught, train.config.clear_errors():
         run(tmp_path, *DIGITS, *overrides)
     assert message in str(caught.value) and str(caught.value).startswith("error: ")

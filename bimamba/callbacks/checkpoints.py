@@ -24,7 +24,7 @@ class Checkpoints(ModelCheckpoint):
         options: those of `ModelCheckpoint`.
 
     Raises:
-        ValueError: a number of steps or a time below 1, or an unknown unit of time.
+        ValueError: a number of steps or a time below 1, an unknown unit of time, or one name for several files.
     """
 
     def __init__(
@@ -35,6 +35,12 @@ class Checkpoints(ModelCheckpoint):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if self.save_top_k not in (0, 1) and "{" not in (self.filename or "{"):
+            raise ValueError(
+                f"callbacks.model_checkpoint.save_top_k={self.save_top_k}: {self.filename!r} is one name for all of "
+                "them, and the last one would overwrite the best; give each its own, for instance "
+                "callbacks.model_checkpoint.filename='\"epoch_{epoch}\"'"
+            )
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ValueError(f"every_n_train_steps: expected at least 1, or null, got {every_n_train_steps}")
         if isinstance(train_time_interval, Mapping):
@@ -46,6 +52,7 @@ class Checkpoints(ModelCheckpoint):
         if train_time_interval is not None and train_time_interval <= timedelta(0):
             raise ValueError(f"train_time_interval: expected more than nothing, got {train_time_interval}")
         self.last_every, self.last_interval = every_n_train_steps, train_time_interval
+        self._due_after_validation = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,7 +64,15 @@ class Checkpoints(ModelCheckpoint):
         if self.last_interval is not None:  # one clock for all processes
             passed = time.monotonic() - (self._last_time_checked or 0.0) >= self.last_interval.total_seconds()
             due = due or bool(trainer.strategy.broadcast(passed))
-        if due:
+        if due and validation_follows(trainer):
+            self._due_after_validation = True
+        elif due:
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if self._due_after_validation and not trainer.sanity_checking:
+            self._due_after_validation = False
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,3 +88,14 @@ class Checkpoints(ModelCheckpoint):
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_global_step_saved = judged  # the best one is still to be decided at this step
         self._last_time_checked = time.monotonic()
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether the training batch that ends at this moment is followed by a validation in mid-epoch.
+
+    Lightning (2.6) takes a state that was saved between the two for one after the validation, and a training that is
+    resumed from it would leave the validation out. So what is due at such a step is saved when the validation is over.
+    """
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

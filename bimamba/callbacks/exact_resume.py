@@ -32,7 +32,8 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         mine: dict[str, Any] = {"random": random_states(pl_module.device), "metrics": {}}
-        if trainer.training and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        # Not only while `trainer.training`: a validation in mid-epoch saves as well.
+        if trainer.state.fn == "fit" and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             mine["metrics"] = {name: _metric_state(m) for name, m in _metrics(pl_module) if m.update_called}
         states = [mine]
         if trainer.world_size > 1:

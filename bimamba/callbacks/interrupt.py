@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from bimamba.callbacks.checkpoints import validation_follows
 from bimamba.runs import newest_checkpoint
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; a scheduler's end of time or preemption; Slurm's --signal=USR1
@@ -62,9 +63,15 @@ class SaveOnInterrupt(Checkpoint):
     ) -> None:
         epoch_loop = trainer.fit_loop.epoch_loop
         # The end of an epoch comes after its validation and its own checkpoints.
-        if epoch_loop._should_accumulate() or epoch_loop.batch_progress.is_last_batch:
+        if epoch_loop._should_accumulate() or epoch_loop.batch_progress.is_last_batch or validation_follows(trainer):
             return
         if trainer.world_size == 1 or (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            self._stop_if_told(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch_loop = trainer.fit_loop.epoch_loop
+        in_mid_epoch = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if in_mid_epoch and not epoch_loop._should_accumulate() and not epoch_loop.batch_progress.is_last_batch:
             self._stop_if_told(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -342,7 +342,10 @@ class ClassificationDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augmentation and normalisation on the device."""
-        return self.transform(batch, training=self.trainer is not None and self.trainer.training)
+        batch = self.transform(batch, training=self.trainer is not None and self.trainer.training)
+        if self.trainer is not None:  # bf16-true, 64-true: before the transfer images are uint8
+            batch["inputs"] = self.trainer.precision_plugin.convert_input(batch["inputs"])
+        return batch
 
     # Loaders
 

@@ -1,0 +1,25 @@
+"""Less noise on the screen: what others print at every run, and nobody can act on."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+LINES = (
+    "litlogger",  # an advertisement
+    "Trainer already configured with model summary callbacks",  # as configured
+    "Loading `train_dataloader` to estimate number of stepping batches",
+)
+
+
+def quiet() -> None:
+    """Leave out those lines of Lightning's, and a deprecation that is between Lightning and torch."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_reading)
+    # A resumed training goes on in its folder; a new one is refused there (bimamba.runs.claimed).
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(line in text for line in LINES)
