@@ -8,13 +8,15 @@ import warnings
 LINES = (
     "litlogger",  # an advertisement
     "Trainer already configured with model summary callbacks",  # as configured
+    "`weights_only` was not set",  # of saving: checkpoints hold more than weights; they are read by weights_only=True
     "Loading `train_dataloader` to estimate number of stepping batches",
 )
 
 
 def quiet() -> None:
     """Leave out those lines of Lightning's, and a deprecation that is between Lightning and torch."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_reading)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_worth_reading)
     # A resumed training goes on in its folder; a new one is refused there (bimamba.runs.claimed).
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -78,9 +79,11 @@ class SaveOnInterrupt(Checkpoint):
         self._stop_if_told(trainer)
 
     def _stop_if_told(self, trainer: Trainer) -> None:
-        told = self._received is not None
+        told = int(self._received or 0)
         if trainer.world_size > 1:
-            told = trainer.strategy.reduce_boolean_decision(told, all=False)
+            told = int(
+                trainer.strategy.reduce(torch.tensor(told, device=trainer.strategy.root_device), reduce_op="max")
+            )
         if not told or trainer.fast_dev_run:
             return
         trainer.save_checkpoint(self.path)
@@ -88,7 +91,7 @@ class SaveOnInterrupt(Checkpoint):
             f"Stopped at step {trainer.global_step} (epoch {trainer.current_epoch}). Saved {self.path}\n"
             f"Go on with:  python train.py ckpt_path={_quoted(self.path)}"
         )
-        raise Stopped(128 + int(self._received or signal.SIGTERM))
+        raise Stopped(128 + told)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore()
