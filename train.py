@@ -11,6 +11,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelSummary, ProgressBar
@@ -165,7 +166,7 @@ def main(cfg: DictConfig) -> float | None:
     """Hydra's entry; returns `optimized_metric` to a sweeper."""
     job = HydraConfig.get()
     try:
-        with config.clear_errors():
+        with config.clear_errors(sweeping=job.mode == RunMode.MULTIRUN):
             metrics = train(cfg, job.overrides.task, job.runtime.choices)
             return config.optimized(metrics, cfg.optimized_metric)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -15,7 +16,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import InstantiationException
+from hydra.errors import CompactHydraException, InstantiationException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -301,9 +302,17 @@ def save(config: Mapping[str, Any], path: Path) -> None:
     OmegaConf.save(OmegaConf.create(dict(config)), path)
 
 
+class JobFailed(CompactHydraException):
+    """A job of a sweep ended with an error that has been printed: Hydra goes on with the others, and then fails."""
+
+
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """What a user did wrong ends in one message, not in a stack trace; `HYDRA_FULL_ERROR=1` shows the trace."""
+def clear_errors(sweeping: bool = False) -> Iterator[None]:
+    """What a user did wrong ends in one message, not in a stack trace; `HYDRA_FULL_ERROR=1` shows the trace.
+
+    Args:
+        sweeping: this is one job of several, and the others should not end with it.
+    """
     try:
         yield
     except (
@@ -327,7 +336,10 @@ def clear_errors() -> Iterator[None]:
             raise  # not the user's doing: the whole trace
         where = f" (in {key})" if key and str(key) not in str(cause) else ""
         message = f"error: {cause}{where}\nHYDRA_FULL_ERROR=1 shows where it was raised."
-        raise SystemExit(message) from None
+        if not sweeping:
+            raise SystemExit(message) from None
+        print(message, file=sys.stderr, flush=True)
+        raise JobFailed(f"error: a job of this sweep failed: {cause}{where}") from None
 
 
 def parts(node: Any) -> list[Any]:

@@ -196,6 +196,22 @@ def test_clear_errors_are_one_message(capsys):
     assert str(caught.value).startswith("error: expected a, got b\n")
 
 
+def test_an_error_in_one_job_of_a_sweep_leaves_the_others_their_turn(capsys):
+    from hydra.core.utils import JobReturn, JobStatus
+
+    def job():
+        with train.config.clear_errors(sweeping=True):
+            raise FloatingPointError("not finite at step 3")
+
+    with pytest.raises(Exception, match="not finite at step 3") as caught:  # what Hydra catches; not SystemExit
+        job()
+    assert capsys.readouterr().err.startswith("error: not finite at step 3\n")  # said at once, not after the last job
+    failed = JobReturn(status=JobStatus.FAILED)
+    failed.return_value = caught.value
+    with pytest.raises(train.config.JobFailed):  # and the sweep fails in the end
+        _ = failed.return_value
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
