@@ -222,12 +222,16 @@ def flat_keys(cfg: Any, prefix: str = "") -> list[str]:
 
 
 def soften(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with `++` before dotted overrides where a checkpoint is given.
+    """Command-line arguments with `-m` before them all, and `++` before dotted overrides where a checkpoint is given.
+
+    Python's argparse takes overrides from one side of `-m` alone: `python train.py hydra=submitit -m seed=1,2` would be
+    an error.
 
     Hydra composes the defaults first and would refuse `data.max_length=…` for a checkpoint of sequences because the
     default data are images. `with_checkpoint` applies the same overrides again, and strictly. (`ckpt_path=auto` may
     find no checkpoint, so its command is that of a whole training, which Hydra checks.)
     """
+    arguments = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
     if not any(re.match(r"\+{0,2}ckpt_path=(?!(?:null|auto)$).", a) for a in arguments):
         return list(arguments)
     return [f"++{a}" if re.match(r"(?!(?:hydra|explain|paths|extras)\.)\w+\.[\w.]+=", a) else a for a in arguments]
@@ -266,9 +270,27 @@ def _hydra_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str) 
     return ".hydra"
 
 
+def _tasks(devices: Any, accelerator: str | None = None) -> int | None:
+    """Processes, or with an accelerator GPUs (None: does not need any), that a node of Slurm's has to provide."""
+    if accelerator == "cpu":
+        return None
+    if isinstance(devices, ListConfig | list | tuple):
+        return len(devices)
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    raise ValueError(
+        f"hydra=submitit: Slurm must be told how many processes a node starts, and trainer.devices={devices} does not "
+        "say it; give the number of GPUs of a node, for instance trainer.devices=4"
+    )
+
+
 def register_resolvers() -> None:
-    """`${run_dir:…}` and `${hydra_dir:…}` of configs/hydra, `${direction:…}` of Optuna's. None evaluates code."""
+    """`${run_dir:…}`, `${hydra_dir:…}` and `${tasks:…}` of configs/hydra, `${direction:…}` of Optuna's.
+
+    None evaluates code.
+    """
     OmegaConf.register_new_resolver("run_dir", _output_dir, replace=True)
+    OmegaConf.register_new_resolver("tasks", _tasks, replace=True)
     OmegaConf.register_new_resolver("direction", {"min": "minimize", "max": "maximize"}.__getitem__, replace=True)
     OmegaConf.register_new_resolver("hydra_dir", _hydra_dir, replace=True, use_cache=True)
 

@@ -166,6 +166,27 @@ def test_optuna_says_what_to_install(monkeypatch):
     train.config.check_plugins(["hparams_search=grid"])
 
 
+@pytest.mark.parametrize(
+    ("trainer", "nodes", "tasks", "gpus"),
+    [
+        ("trainer=gpu", 1, 1, 1),
+        ("trainer=ddp trainer.devices=4 trainer.num_nodes=2", 2, 4, 4),
+        ("trainer=ddp trainer.devices=[0,2]", 1, 2, 2),
+        ("trainer=ddp_sim", 1, 2, None),
+        ("trainer=ddp", 1, "trainer.devices=auto does not say it", None),
+    ],
+)
+def test_slurm_gets_a_process_a_device(tmp_path, trainer, nodes, tasks, gpus):
+    file = OmegaConf.load(ROOT / "configs" / "hydra" / "submitit.yaml")
+    cfg = OmegaConf.merge({"trainer": composed(tmp_path, *trainer.split()).trainer}, {"launcher": file.launcher})
+    assert cfg.launcher.nodes == nodes
+    if isinstance(tasks, str):
+        with pytest.raises(Exception, match=tasks):
+            _ = cfg.launcher.tasks_per_node
+    else:
+        assert (cfg.launcher.tasks_per_node, cfg.launcher.gpus_per_node) == (tasks, gpus)
+
+
 @pytest.mark.parametrize(("mode", "direction"), [("min", "minimize"), ("max", "maximize")])
 def test_a_search_goes_the_way_of_the_monitored_metric(mode, direction):
     """Digits monitor a loss: a search that maximised it would return the worst trial as the best."""
@@ -192,6 +213,7 @@ def test_softened_arguments():
     soften = train.config.soften
     assert soften(["data.batch_size=3"]) == ["data.batch_size=3"]
     assert soften(["ckpt_path=null", "data.x=3"]) == ["ckpt_path=null", "data.x=3"]
+    assert soften(["hydra=submitit", "-m", "seed=1,2"]) == ["-m", "hydra=submitit", "seed=1,2"]
     given = [
         "-m",
         "ckpt_path=a.ckpt",

@@ -33,12 +33,14 @@ OPTIONS += [
 class Losses(Callback):
     """Remembers the loss of every step, and stops after one of them as a crash would."""
 
+    number = signal.SIGTERM
+
     def __init__(self, crash_after=None, signal_at=None):
         self.seen, self.validated, self.crash_after, self.signal_at = {}, {}, crash_after, signal_at
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         step = trainer.global_step
@@ -142,6 +144,25 @@ def test_a_validation_in_mid_epoch_is_neither_lost_nor_repeated(tmp_path, monkey
     assert list(every.validated) == [4, 8, 13, 17] and list(first.validated) == [4] and 4 not in second.validated
     assert {**first.validated, **second.validated} == every.validated
     assert {**first.seen, **second.seen} == every.seen and again == {k: metrics[k] for k in again}
+
+
+def test_submitits_signal_saves_before_submitit_queues_the_job_again(tmp_path, monkeypatch):
+    queued = []
+
+    def requeue(number, frame):
+        queued.append((number, load(tmp_path / "checkpoints" / "interrupted.ckpt")["global_step"]))
+        raise SystemExit(-1)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        spy = Losses(signal_at=2)
+        spy.number = signal.SIGUSR2
+        with pytest.raises(SystemExit) as caught:
+            trained(tmp_path, spy, *OPTIONS, monkeypatch=monkeypatch)
+        assert caught.value.code == -1 and queued == [(signal.SIGUSR2, 3)]
+        assert signal.getsignal(signal.SIGUSR2) is requeue  # given back
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_a_second_ctrl_c_stops_at_once():

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from bimamba.callbacks.checkpoints import validation_follows
 from bimamba.runs import newest_checkpoint
 
+REQUEUE = "SIGUSR2"  # submitit's, which puts the job into Slurm's queue again
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; a scheduler's end of time or preemption; Slurm's --signal=USR1
 
 
@@ -31,6 +32,9 @@ class SaveOnInterrupt(Checkpoint):
     the validation that is running), so the checkpoint is that of a step, and the resumed training equals an
     uninterrupted one. The process ends with 128 + the signal's number (130, 143, 138), so that nobody takes it for a
     finished training. A second Ctrl-C stops at once and saves nothing.
+
+    SIGUSR2 belongs to whoever has a handler for it, as submitit has (`hydra=submitit`): the checkpoint is saved, and then
+    that handler is called, which queues the job again.
 
     Several processes agree every `trainer.log_every_n_steps` batches on whether one of them was told to stop.
 
@@ -49,7 +53,10 @@ class SaveOnInterrupt(Checkpoint):
         self._received = None
         if trainer.fast_dev_run or threading.current_thread() is not threading.main_thread():
             return  # only the main thread may set handlers
-        for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        if hasattr(signal, REQUEUE) and callable(signal.getsignal(getattr(signal, REQUEUE))):
+            numbers.append(getattr(signal, REQUEUE))
+        for number in numbers:
             self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -91,6 +98,8 @@ class SaveOnInterrupt(Checkpoint):
             f"Stopped at step {trainer.global_step} (epoch {trainer.current_epoch}). Saved {self.path}\n"
             f"Go on with:  python train.py ckpt_path={_quoted(self.path)}"
         )
+        if told == getattr(signal, REQUEUE, None):
+            self._before[signal.Signals(told)](told, None)  # of the first process: queues the job and ends this process
         raise Stopped(128 + told)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
