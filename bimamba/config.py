@@ -163,7 +163,7 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
             if key in fresh.trainer:
                 merged.trainer[key] = _raw(fresh, f"trainer.{key}")
     for override in groups:
-        if override.key_or_group not in RECIPES and not override.key_or_group.startswith("hydra/"):
+        if override.key_or_group not in RECIPES and override.key_or_group.split("/")[0] != "hydra":
             package = override.key_or_group.replace("/", ".")
             OmegaConf.update(merged, package, _raw(fresh, package), merge=False)
     for override in typed:

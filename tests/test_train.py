@@ -100,6 +100,7 @@ def test_predicting_needs_no_training_data(fitted, tmp_path):
 def test_command_line_adds_to_the_checkpoint(fitted, tmp_path):
     checkpoint = read_checkpoint(fitted[0] / "checkpoints" / "best.ckpt")
     typed = ["stage=test", best(fitted), "++data.batch_size=7", "trainer=ddp_sim", "logger=none", "++seed=3"]
+    typed += ["hydra=default", "hydra.job.chdir=false"]  # of the launch, not of the run
     given = composed(tmp_path, *typed)
     with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = train.config.with_checkpoint(given, checkpoint, typed)

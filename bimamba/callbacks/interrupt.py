@@ -33,8 +33,8 @@ class SaveOnInterrupt(Checkpoint):
     uninterrupted one. The process ends with 128 + the signal's number (130, 143, 138), so that nobody takes it for a
     finished training. A second Ctrl-C stops at once and saves nothing.
 
-    SIGUSR2 belongs to whoever has a handler for it, as submitit has (`hydra=submitit`): the checkpoint is saved, and then
-    that handler is called, which queues the job again.
+    SIGUSR2 belongs to whoever has a handler for it, as submitit has (`hydra=submitit`): the checkpoint is saved, and
+    then that handler is called, which queues the job again.
 
     Several processes agree every `trainer.log_every_n_steps` batches on whether one of them was told to stop.
 
