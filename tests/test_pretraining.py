@@ -96,7 +96,7 @@ def test_the_loss_is_of_hidden_letters_alone():
     expected = -(log_p[0, 2, 2] + log_p[1, 0, 0] + log_p[1, 2, 1]) / 3
     torch.testing.assert_close(out["loss"], expected)
     made.shared_step({k: v[:1] for k, v in given.items()}, "val")  # the epoch weighs letters, not batches
-    values = made._finish("val")
+    values = made.finish("val")
     torch.testing.assert_close(values["val/loss"], (3 * expected - log_p[0, 2, 2]) / 4)
     right = (log_p.argmax(-1) == given["label"]).sum() + (log_p[0].argmax(-1) == given["label"][0]).sum()
     assert values["val/accuracy"] == pytest.approx(int(right) / 4)

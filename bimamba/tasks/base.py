@@ -1,4 +1,4 @@
-"""What every task shares: the network, its optimizer and schedule, and what goes into a checkpoint."""
+"""What every task shares: the network, its steps and epochs, its optimizer and schedule, and what is saved of it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import MeanMetric, Metric
 
 import bimamba
 from bimamba.optim import parameter_groups, undecayed_names
 from bimamba.spec import DataSpec
 from bimamba.tasks.compilation import compile_network
 
+Batch = dict[str, Any]
+SHOWN = ("loss", "accuracy", "r2")  # of a validation, on the progress bar
+
 
 class Task(LightningModule):
-    """Base of the tasks.
+    """Base of the tasks, which add `shared_step` and `finish`.
+
+    Logs `train/loss_step`, the epoch's mean `train/loss`, and under `val/…` and `test/…` what `finish` returns.
 
     Args:
         net: the network.
@@ -53,8 +59,56 @@ class Task(LightningModule):
         self.layer_decay = layer_decay
         self.checkpoint_extras = checkpoint_extras or {}
         self.undecayed = undecayed_names(self)
+        self.train_loss = MeanMetric()
+        self.confusion: dict[str, Tensor] = {}  # finished confusion matrices by stage, for plots
+        self.predict_metrics: dict[str, float] = {}  # Lightning logs nothing while predicting
         if compile:
             compile_network(self.net, **(compile_options or {}))
+
+    # ------------------------------------------------------------------------------------------- what a task adds
+
+    def shared_step(self, batch: Batch, stage: str) -> dict[str, Any]:
+        """One batch of any stage, and the update of that stage's metrics; `loss` is among the results in training."""
+        raise NotImplementedError
+
+    def finish(self, stage: str) -> dict[str, Tensor]:
+        """A stage's metrics over the epoch and all processes, under their full names; resets them."""
+        raise NotImplementedError
+
+    def train_metrics(self) -> dict[str, Metric]:
+        """What is followed over the batches of a training epoch."""
+        return {"train/loss": self.train_loss}
+
+    # ------------------------------------------------------------------------------------------- steps and epochs
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, size = self.shared_step(batch, "train")["loss"], len(batch["id"])
+        self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
+        for name, metric in self.train_metrics().items():
+            self.log(name, metric, on_step=False, on_epoch=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        return self.shared_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        return self.shared_step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        return self.shared_step(batch, "predict")
+
+    def on_validation_epoch_end(self) -> None:
+        # Every process holds the same values: syncing them again changes nothing.
+        values: dict[str, Any] = self.finish("val")
+        shown = {name: values.pop(name) for name in (f"val/{s}" for s in SHOWN) if name in values}
+        self.log_dict(shown, sync_dist=True, prog_bar=True)
+        self.log_dict(values, sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        values: dict[str, Any] = self.finish("test")
+        self.log_dict(values, sync_dist=True)
+
+    # ------------------------------------------------------------------------------------------------ optimisation
 
     def configure_optimizers(self) -> Any:
         options = self.optimizer.keywords if isinstance(self.optimizer, partial) else {}
@@ -87,6 +141,8 @@ class Task(LightningModule):
             self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["spec"] = self.spec.to_dict()

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from bimamba.spec import DataSpec
 
 
+def check_smoothing(label_smoothing: float) -> None:
+    """Raises a ValueError for a share of the target that is none."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
+
+
 class SampleLoss(nn.Module):
     """Cross entropy, binary cross entropy with logits, or mean squared error: one value per sample.
 
@@ -41,8 +47,7 @@ class SampleLoss(nn.Module):
         super().__init__()
         self.problem = spec.problem
         self.label_smoothing = label_smoothing
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
+        check_smoothing(label_smoothing)
         if spec.problem == "regression" and (label_smoothing or class_weights is not None or pos_weight is not None):
             raise ValueError("label_smoothing, class_weights and pos_weight have no meaning for regression")
         if spec.problem == "multilabel" and class_weights is not None:

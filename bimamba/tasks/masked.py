@@ -12,9 +12,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from bimamba.spec import DataSpec
-from bimamba.tasks.base import Task
+from bimamba.tasks.base import Batch, Task
+from bimamba.tasks.losses import check_smoothing
 
-Batch = dict[str, Any]
 IGNORED = -100
 
 
@@ -50,18 +50,14 @@ class MaskedTokenTask(Task):
         layer_decay: float | None = None,
     ) -> None:
         super().__init__(net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a value in [0, 1), got {label_smoothing}")
+        check_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
-        self.train_loss = MeanMetric()
 
         def make() -> nn.ModuleDict:
             accuracy = MulticlassAccuracy(len(spec.class_names), average="micro", ignore_index=IGNORED)
             return nn.ModuleDict({"loss": MeanMetric(), "accuracy": accuracy})
 
         self.epoch_metrics = nn.ModuleDict({"val": make(), "test": make()})
-        self.confusion: dict[str, Tensor] = {}  # plots look here; there are none of letters
-        self.predict_metrics: dict[str, float] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         """A batch of the data room to logits `(b, l, letters)`."""
@@ -93,27 +89,7 @@ class MaskedTokenTask(Task):
             metrics["accuracy"].update(logits.detach(), label)
         return {"id": batch["id"], "loss": loss}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        out = self.shared_step(batch, "train")
-        size = len(batch["id"])
-        self.log("train/loss_step", out["loss"], on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, batch_size=size)
-        return out["loss"]
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        return self.shared_step(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        return self.shared_step(batch, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict(self._finish("val"), sync_dist=True, prog_bar=True)
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict(self._finish("test"), sync_dist=True)
-
-    def _finish(self, stage: str) -> dict[str, Tensor]:
-        """The stage's metrics over the epoch and all processes; resets them."""
+    def finish(self, stage: str) -> dict[str, Tensor]:
         metrics = self.epoch_metrics[stage]
         values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
         for metric in metrics.values():

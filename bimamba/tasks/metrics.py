@@ -52,6 +52,34 @@ class _MultilabelCalibrationError(tmc.BinaryCalibrationError):
         super().update(preds.flatten(), target.flatten())
 
 
+def matthews(counts: Tensor) -> Tensor:
+    """Matthews correlation, also for several classes (Gorodkin 2004), of a confusion matrix `(k, k)`.
+
+    0 where truth or prediction knows one class alone, as scikit-learn has it. torchmetrics (1.9) gives 1 there if all
+    is right, and some small number if not.
+    """
+    counts = counts.double()
+    true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
+    covariance = counts.trace() * total - true @ predicted
+    scale = ((total**2 - true @ true) * (total**2 - predicted @ predicted)).sqrt()
+    return torch.where(scale > 0, covariance / scale, 0.0).float()
+
+
+class _BinaryMCC(tmc.BinaryMatthewsCorrCoef):
+    def compute(self) -> Tensor:
+        return matthews(self.confmat)
+
+
+class _MulticlassMCC(tmc.MulticlassMatthewsCorrCoef):
+    def compute(self) -> Tensor:
+        return matthews(self.confmat)
+
+
+class _MultilabelMCC(tmc.MultilabelMatthewsCorrCoef):
+    def compute(self) -> Tensor:
+        return matthews(self.confmat.sum(0))
+
+
 class _R2(tmr.R2Score):
     """NaN instead of an exception where an epoch has one sample only (`trainer.fast_dev_run` with batches of one)."""
 
@@ -78,7 +106,7 @@ def _binary(n_bins: int, thresholds: int | None) -> dict[str, Metric]:
         "specificity": tmc.BinarySpecificity(**o),
         "f1": tmc.BinaryF1Score(**o),
         "f1_macro": _BinaryMacroF1(**o),
-        "mcc": tmc.BinaryMatthewsCorrCoef(**o),
+        "mcc": _BinaryMCC(**o),
         "auroc": tmc.BinaryAUROC(thresholds=thresholds, **o),
         "average_precision": tmc.BinaryAveragePrecision(thresholds=thresholds, **o),
         "calibration_error": tmc.BinaryCalibrationError(n_bins=n_bins, **o),
@@ -91,7 +119,7 @@ def _multiclass(k: int, n_bins: int, thresholds: int | None) -> dict[str, Metric
         "accuracy": tmc.MulticlassAccuracy(average="micro", **o),
         "balanced_accuracy": tmc.MulticlassAccuracy(average="macro", **o),
         "f1": tmc.MulticlassF1Score(average="macro", **o),
-        "mcc": tmc.MulticlassMatthewsCorrCoef(**o),
+        "mcc": _MulticlassMCC(**o),
         "auroc": tmc.MulticlassAUROC(thresholds=thresholds, **o),
         "average_precision": tmc.MulticlassAveragePrecision(thresholds=thresholds, **o),
         "calibration_error": tmc.MulticlassCalibrationError(n_bins=n_bins, **o),
@@ -105,7 +133,7 @@ def _multilabel(k: int, n_bins: int, thresholds: int | None) -> dict[str, Metric
         "exact_match": tmc.MultilabelExactMatch(**o),
         "balanced_accuracy": _MultilabelBalancedAccuracy(**o),
         "f1": tmc.MultilabelF1Score(average="macro", **o),
-        "mcc": tmc.MultilabelMatthewsCorrCoef(**o),
+        "mcc": _MultilabelMCC(**o),
         "auroc": tmc.MultilabelAUROC(thresholds=thresholds, **o),
         "average_precision": tmc.MultilabelAveragePrecision(thresholds=thresholds, **o),
         "calibration_error": _MultilabelCalibrationError(n_bins=n_bins, validate_args=False),

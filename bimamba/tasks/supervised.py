@@ -8,15 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from bimamba.packing import Packing
 from bimamba.spec import DataSpec
-from bimamba.tasks.base import Task
+from bimamba.tasks.base import Batch, Task
 from bimamba.tasks.losses import SampleLoss, probabilities
 from bimamba.tasks.metrics import make_confusion_matrix, make_metrics, make_train_metric
-
-Batch = dict[str, Any]
 
 
 class SupervisedTask(Task):
@@ -65,7 +63,6 @@ class SupervisedTask(Task):
         super().__init__(net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay)
         self.loss = SampleLoss(spec, label_smoothing, class_weights, pos_weight)
 
-        self.train_loss = MeanMetric()
         self.train_accuracy = make_train_metric(spec)
         evaluated = ("val", "test", "predict")
         metrics = {s: make_metrics(spec, f"{s}/", calibration_bins, thresholds) for s in evaluated}
@@ -73,8 +70,6 @@ class SupervisedTask(Task):
         self.epoch_losses = nn.ModuleDict({s: MeanMetric() for s in evaluated})
         confusion = make_confusion_matrix(spec)
         self.epoch_confusion = nn.ModuleDict({s: confusion.clone() for s in evaluated} if confusion else {})
-        self.confusion: dict[str, Tensor] = {}  # the finished matrices, for plots
-        self.predict_metrics: dict[str, float] = {}  # Lightning logs nothing while predicting
 
     # ---------------------------------------------------------------------------------------------- the shared step
 
@@ -120,42 +115,17 @@ class SupervisedTask(Task):
             return probability, label.argmax(-1)  # of a mixed sample: the class that has the larger share
         return probability, (label + 0.5).long() if label.is_floating_point() else label
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        out = self.shared_step(batch, "train")
-        size = len(out["sample_loss"])
-        self.log("train/loss_step", out["loss"], on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
-        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True, batch_size=size)
-        if self.train_accuracy is not None:
-            self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=size)
-        return out["loss"]
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        return self.shared_step(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        return self.shared_step(batch, "test")
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        return self.shared_step(batch, "predict")
+    def train_metrics(self) -> dict[str, Metric]:
+        accuracy = {} if self.train_accuracy is None else {"train/accuracy": self.train_accuracy}
+        return super().train_metrics() | accuracy
 
     # --------------------------------------------------------------------------------------------- ends of epochs
 
-    def on_validation_epoch_end(self) -> None:
-        # Every process holds the same values: syncing them again changes nothing.
-        values: dict[str, Any] = self._finish("val")
-        shown: dict[str, Any] = {k: values.pop(k) for k in ("val/loss", "val/accuracy", "val/r2") if k in values}
-        self.log_dict(shown, sync_dist=True, prog_bar=True)
-        self.log_dict(values, sync_dist=True)
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict(self._finish("test"), sync_dist=True)
-
     def on_predict_epoch_end(self) -> None:
         labelled = self.epoch_losses["predict"].update_called
-        self.predict_metrics = {k: float(v) for k, v in self._finish("predict").items()} if labelled else {}
+        self.predict_metrics = {k: float(v) for k, v in self.finish("predict").items()} if labelled else {}
 
-    def _finish(self, stage: str) -> dict[str, Tensor]:
-        """The stage's metrics over the epoch and all processes; resets them."""
+    def finish(self, stage: str) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             if self.trainer.sanity_checking:  # a few batches rarely hold every class
                 warnings.simplefilter("ignore")

@@ -119,3 +119,19 @@ def test_one_sample_has_no_r2():
     metrics = make_metrics(spec("regression", 1), "")
     metrics.update(torch.ones(1), torch.ones(1))
     assert metrics["r2"].compute().isnan()
+
+
+@pytest.mark.parametrize("truth", [0, 1, None])
+@pytest.mark.parametrize("said", [0, 1, None])
+def test_a_correlation_with_what_does_not_vary_is_zero(truth, said):
+    """torchmetrics' own gives 1 where one class is all there is and all that is said."""
+    some = torch.tensor([0, 1, 1, 0, 1])
+    y, q = (some.flip(0) if v is None else torch.full((5,), v) for v in (truth, said))
+    expected = sk.matthews_corrcoef(y.numpy(), q.numpy())
+    assert (truth is None and said is None) or expected == 0
+    values = [
+        make_metrics(spec("binary", 2), "", 15)(0.2 + 0.6 * q.float(), y)["mcc"],
+        make_metrics(spec("multiclass", 3), "", 15)(torch.nn.functional.one_hot(q, 3).float(), y)["mcc"],
+        make_metrics(spec("multilabel", 1), "", 15)(0.2 + 0.6 * q[:, None].float(), y[:, None])["mcc"],
+    ]
+    assert [float(v) for v in values] == pytest.approx([expected] * 3, abs=1e-6)
