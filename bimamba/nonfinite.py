@@ -96,6 +96,23 @@ def trace(
     return (found[0] if found else None), loss.detach()
 
 
+def as_it_stands(task: LightningModule, batches: list[Any], losses: list[Tensor]) -> tuple[Finding | None, int]:
+    """What is not finite of inputs, losses, parameters and gradients, without running anything, and in which batch.
+
+    Of a sharded network the names are those of its shards, which are blocks.
+    """
+    for number, ((batch, *_), loss) in enumerate(zip(batches, losses, strict=True)):
+        inputs = [(k, v) for k, v in batch.items() if isinstance(v, Tensor)]
+        if finding := _first_of(inputs, "input", "the batch's {} are not finite"):
+            return finding, number
+        if not _finite(loss):
+            return Finding("the loss", "loss", "loss", _counts(loss)), number
+    named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in task.named_parameters()]
+    finding = _first_of(named, "parameter", "the parameter {}")
+    gradients = [(n, p.grad) for n, p in named if p.grad is not None]
+    return finding or _first_of(gradients, "gradient", "the gradient of the parameter {}"), len(batches) - 1
+
+
 def _watched(name: str, module: nn.Module) -> bool:
     return bool(name) and not isinstance(module, Metric | nn.ModuleDict | nn.ModuleList)
 

@@ -84,19 +84,26 @@ def test_a_signal_to_one_process_saves_and_stops_both_and_they_go_on_as_if_it_ha
     same_weights(whole[0], tmp_path / "run")
 
 
-@pytest.mark.parametrize("action", ["stop", "skip"])
-def test_what_is_not_finite_in_one_process_is_named_and_saved_by_both(tmp_path, capsys, action):
+@pytest.mark.parametrize(("action", "strategy"), [("stop", "ddp_sim"), ("skip", "ddp_sim"), ("stop", "fsdp")])
+def test_what_is_not_finite_in_one_process_is_named_and_saved_by_both(tmp_path, capsys, action, strategy):
     def overflow(batch):
         batch["inputs"][5, 0, 3, 3] = torch.inf
 
-    options = [f"callbacks.health.action={action}", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"]
+    options = [
+        f"trainer={strategy}",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "trainer.enable_progress_bar=false",
+    ]
+    options += [f"callbacks.health.action={action}", "trainer.accumulate_grad_batches=2"]
+    options += ["trainer.enable_model_summary=false", *(["trainer.precision=bf16-mixed"] * (strategy == "ddp_sim"))]
     # the second of the two batches of step 1, in the second process
     codes, said, seen = trained(tmp_path, tmp_path / "run", *OPTIONS, *options, at=3, rank=1, act=overflow)
     assert codes == ((1, 1) if action == "stop" else (0, 0)), said
     assert list(seen[0]) == [f"0 {i}" for i in range(3 if action == "stop" else 6)]
     path = tmp_path / "run" / "nonfinite" / "step_1.ckpt"
     found = "not finite at step 1 (epoch 0, batch 3): the batch's inputs are not finite (0 NaN and 1"
-    assert all(found in text for text in said) if action == "stop" else found in said[0]
+    assert all(found in text for text in said) if action == "stop" else found in said[0], said
     assert replaying.main([re.search(r"python -m bimamba\.replay (.*)", said[0]).group(1), "--accelerator", "cpu"]) == 0
     assert load(path)["nonfinite"]["batch"]["inputs"][5, 0, 3, 3] == torch.inf
     then, now = capsys.readouterr().out.split("at the time: ")[1].split("\nnow:         ")

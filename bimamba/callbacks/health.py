@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from bimamba.callbacks.exact_resume import random_states, set_random_states
 from bimamba.callbacks.finders import scale_rates
-from bimamba.nonfinite import Finding, trace
+from bimamba.nonfinite import Finding, as_it_stands, trace
 
 KEY = "nonfinite"
 ACTIONS = ("stop", "skip", "lower")
@@ -92,7 +92,7 @@ class NumericalHealth(Callback):
             return
         self._found += 1
         self._in_a_row += 1
-        message = self._report(trainer, pl_module, window)
+        message = self._report(trainer, pl_module, window, losses)
         if self.action == "stop" or self._in_a_row > self.max_skips:
             ending = "" if self.action == "stop" else f"\nThe last {self.max_skips} steps were left out already."
             raise FloatingPointError(message + ending)
@@ -108,8 +108,10 @@ class NumericalHealth(Callback):
     def _due(self, trainer: Trainer) -> bool:
         return (trainer.global_step + 1) % self.every_n_steps == 0
 
-    def _report(self, trainer: Trainer, pl_module: LightningModule, window: list[Any]) -> str:
-        finding, batch, index, states = _culprit(trainer, pl_module, window)
+    def _report(
+        self, trainer: Trainer, pl_module: LightningModule, window: list[Any], losses: list[torch.Tensor]
+    ) -> str:
+        finding, batch, index, states = _culprit(trainer, pl_module, window, losses)
         step = trainer.global_step
         found = str(finding) if finding else "a gradient, which was finite when the batch was run once more"
         message = f"not finite at step {step} (epoch {trainer.current_epoch}, batch {index}): {found}."
@@ -133,13 +135,16 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
 
 
 def _culprit(
-    trainer: Trainer, pl_module: LightningModule, window: list[Any]
+    trainer: Trainer, pl_module: LightningModule, window: list[Any], losses: list[torch.Tensor]
 ) -> tuple[Finding | None, Any, int, dict[str, Any]]:
     """The first batch of this step that is not finite on its own, on the first process that has one."""
     now = random_states(pl_module.device)
     finding, chosen = None, window[-1]
     sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-    for entry in () if sharded else window:  # a module of a sharded network does not run alone
+    if sharded:  # a module of a sharded network does not run alone: what can be seen as it stands
+        finding, number = as_it_stands(pl_module, window, losses)
+        chosen = window[number]
+    for entry in () if sharded else window:
         set_random_states(entry[2], pl_module.device)
         finding, _ = trace(pl_module, entry[0], trainer.precision_plugin.forward_context)
         if finding:
@@ -151,7 +156,9 @@ def _culprit(
         return mine
     everyone: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(everyone, mine)
-    return next((e for e in everyone if e[0]), everyone[0])
+    found = [e for e in everyone if e[0]]
+    # Shards' gradients hold what any process did: inputs and losses say which one.
+    return min(found, key=lambda e: e[0].tensor.startswith("gradient"), default=everyone[0])
 
 
 def _on_cpu(batch: Any) -> Any:
