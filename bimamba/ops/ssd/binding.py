@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..entrance import below_autograd, differentiable, enter
-from .kernels.choose import Problem, chunk_of
+from .kernels.choose import Problem, layout, problem_of
 from .kernels.scan import Inputs, Saved, scan_backward, scan_forward
 
 INF = float("inf")
@@ -125,24 +125,14 @@ _library.define(
 )
 
 
-def _problem(x, dt, A, B, C, dt_back, *rest, allow_tf32: bool) -> Problem:
+def _problem(make, x, dt, A, B, C, dt_back, *rest, allow_tf32: bool) -> Problem:
+    """`make`: `problem_of`, or `Problem` where sizes may be symbolic."""
     softplus, least, largest, bidirectional, shift = rest[TENSORS - 6 :]
     b, l, h, p = x.shape
-    return Problem(
-        b=b,
-        l=l,
-        h=h,
-        g=B.shape[2],
-        p=p,
-        n=B.shape[3],
-        dtype=x.dtype,
-        device=x.device,
-        bidirectional=bidirectional,
-        untied=dt_back is not None,
-        shift=shift,
-        dt_softplus=softplus,
-        dt_limit=(least, largest),
-        allow_tf32=allow_tf32,
+    g, n = B.shape[2:]
+    untied = dt_back is not None
+    return make(
+        b, l, h, g, p, n, x.dtype, x.device, bidirectional, untied, shift, softplus, (least, largest), allow_tf32
     )
 
 
@@ -176,7 +166,7 @@ def _whole(t: Tensor | None) -> Tensor | None:
 
 def _scan(*args):
     *arguments, final, train, save, allow_tf32 = args
-    problem = _problem(*arguments, allow_tf32=allow_tf32)
+    problem = _problem(problem_of, *arguments, allow_tf32=allow_tf32)
     t = _inputs(*arguments)
     y, ends, saved = scan_forward(problem, t, save=save, keep_ungated=train, final=final)
     return y, *(y.new_empty(0) if out is None else out for out in (ends, *saved))
@@ -184,8 +174,8 @@ def _scan(*args):
 
 def _scan_fake(*args):
     *arguments, final, train, save, allow_tf32 = args
-    problem = _problem(*arguments, allow_tf32=allow_tf32)
-    chunk, _ = chunk_of(problem, saved=save)
+    problem = _problem(Problem, *arguments, allow_tf32=allow_tf32)
+    saved = layout(problem, saved=save)
     x, z = arguments[0], arguments[12]
     y = x.new_empty(x.shape)
 
@@ -195,15 +185,15 @@ def _scan_fake(*args):
     return (
         y,
         out(final, (problem.directions, problem.b, problem.h, problem.p, problem.n)),
-        out(save, problem.states_shape(chunk), x.dtype),
-        out(save, problem.rows_shape(chunk)),
+        out(save, problem.states_shape(saved), x.dtype),
+        out(save, problem.rows_shape(saved)),
         out(train and z is not None, x.shape, x.dtype),
     )
 
 
 def _scan_backward(dy, dends, *args):
     *arguments, states, rows, ungated, allow_tf32 = args
-    problem = _problem(*arguments, allow_tf32=allow_tf32)
+    problem = _problem(problem_of, *arguments, allow_tf32=allow_tf32)
     saved = Saved(*(t if t.numel() else None for t in (states, rows, ungated)))
     dends = None if dends is None else dends.to(torch.float32).contiguous()
     grads = scan_backward(problem, _inputs(*arguments), saved, _whole(dy), dends)

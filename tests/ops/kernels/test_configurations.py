@@ -11,7 +11,7 @@ from problems import assert_close, oracle, problem, results
 from bimamba.ops.ssd.kernels.choose import Problem, choose, forced
 
 LENGTHS = [1, 2, 15, 16, 17, 33]
-FORMS = [dict(chunk=16, halves=1), dict(chunk=32, halves=2)]
+FORMS = [dict(chunk=16, halves=1), dict(chunk=32, halves=2), dict(chunk=16, halves=1, fill=2)]
 
 
 def check(run, config, **sizes):
@@ -21,18 +21,19 @@ def check(run, config, **sizes):
     assert_close(got, oracle(arguments), 1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=["whole", "halves"])
+@pytest.mark.parametrize("form", FORMS, ids=["whole", "halves", "filled"])
 @pytest.mark.parametrize("l", LENGTHS)
 def test_lengths(run, form, l):
     check(run, form, l=l)
 
 
+@pytest.mark.parametrize("form", FORMS[1:], ids=["halves", "filled"])
 @pytest.mark.parametrize("l", LENGTHS)
-def test_lengths_causal(run, l):
-    check(run, FORMS[1], l=l, causal=True)
+def test_lengths_causal(run, form, l):
+    check(run, form, l=l, causal=True)
 
 
-@pytest.mark.parametrize("form, walk, tma", product(FORMS, (False, True), (False, True)))
+@pytest.mark.parametrize("form, walk, tma", list(product(FORMS, (False, True), (False, True))))
 def test_passing_and_descriptors(run, form, walk, tma):
     check(run, {**form, "walk": walk, "tma": tma, "passing_block": 64}, l=37)
 
@@ -44,7 +45,7 @@ def test_heads_in_parts(run, heads, tied):
     check(run, config, l=19, h=4, untied=not tied)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=["whole", "halves"])
+@pytest.mark.parametrize("form", FORMS, ids=["whole", "halves", "filled"])
 @pytest.mark.parametrize("block_p, block_n", [(16, 16), (32, 16), (16, 32)])
 def test_blocks(run, form, block_p, block_n):
     config = dict(block_p=block_p, block_n=block_n, states_block_n=block_n, grad_bc_block_n=16)
@@ -57,7 +58,9 @@ def test_blocks_of_two_matrices(run, shift, untied):
     check(run, config, l=19, p=24, n=32, shift=shift, untied=untied)
 
 
-SIZES = product((1, 8), (1, 40, 2048), (3, 24), (1, 3), (5, 64, 256), (1, 64, 200), (torch.float32, torch.bfloat16))
+SIZES = list(
+    product((1, 8), (1, 40, 2048), (3, 24), (1, 3), (5, 64, 256), (1, 64, 200), (torch.float32, torch.bfloat16))
+)
 
 
 @pytest.mark.parametrize("b, l, h, g, p, n, dtype", SIZES)
@@ -65,7 +68,7 @@ def test_rule_is_consistent(b, l, h, g, p, n, dtype):
     for saved, form in product((True, False), ({}, {"untied": True}, {"shift": True}, {"bidirectional": False})):
         t = Problem(b=b, l=l, h=h, g=g, p=p, n=n, dtype=dtype, device=torch.device("cpu"), **form)
         passes = [choose(t, saved, backward) for backward in (False, True)]
-        assert passes[0].chunk == passes[1].chunk and passes[0].halves == passes[1].halves
+        assert len({(c.chunk, c.halves, c.fill) for c in passes}) == 1
         for c in passes:
             assert c.chunk % c.halves == 0 and c.rows >= 16
             for block, size in (
@@ -77,4 +80,4 @@ def test_rule_is_consistent(b, l, h, g, p, n, dtype):
                 assert size % block == 0
             for heads in (c.output_heads, c.grad_x_heads, c.grad_bc_heads):
                 assert (h // g) % heads == 0
-            assert c.halves == 1 or not (t.untied or t.shift)
+            assert c.halves == c.fill == 1 or not (t.untied or t.shift or c.block_n < t.n2)

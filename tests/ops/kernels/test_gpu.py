@@ -64,18 +64,22 @@ def test_any_address(run):
         assert torch.equal(x[1], y[1]), x[0]
 
 
-CONFIGURATIONS = [
-    dict(chunk=chunk * halves, halves=halves, walk=walk, tma=tma, grad_bc_heads=heads, grad_x_heads=heads)
-    for chunk in (16, 32, 64)
-    for halves in (1, 2)
-    for walk in (False, True)
-    for tma in (False, True)
-    for heads in ((8,) if chunk < 64 else (2, 8))
-] + [
-    dict(output_stages=s, grad_x_stages=s, grad_bc_stages=s, states_stages=s, chunk=c, halves=h)
-    for s in (1, 2)
-    for c, h in ((64, 1), (128, 2))
-]
+CONFIGURATIONS = (
+    [
+        dict(chunk=chunk * halves, halves=halves, walk=walk, tma=tma, grad_bc_heads=heads, grad_x_heads=heads)
+        for chunk in (16, 32, 64)
+        for halves in (1, 2)
+        for walk in (False, True)
+        for tma in (False, True)
+        for heads in ((8,) if chunk < 64 else (2, 8))
+    ]
+    + [
+        dict(output_stages=s, grad_x_stages=s, grad_bc_stages=s, states_stages=s, chunk=c, halves=h)
+        for s in (1, 2)
+        for c, h in ((64, 1), (128, 2))
+    ]
+    + [dict(chunk=64, fill=2, walk=walk, tma=tma) for walk in (False, True) for tma in (False, True)]
+)
 
 
 @pytest.mark.parametrize("config", CONFIGURATIONS, ids=str)

@@ -28,6 +28,7 @@ OPTIONS = {
     "causal": dict(causal=True),
     "recompute": dict(save_states=False),
     "halves": dict(halves=2),
+    "filled": dict(fill=2),
 }
 EXCLUSIVE = [
     {"D_heads", "D_channels"},
@@ -35,6 +36,10 @@ EXCLUSIVE = [
     {"causal", "shift"},
     {"halves", "untied"},
     {"halves", "shift"},
+    {"filled", "untied"},
+    {"filled", "shift"},
+    {"filled", "recompute"},
+    {"filled", "halves"},
 ]
 PAIRS = [pair for pair in combinations(OPTIONS, 2) if set(pair) not in EXCLUSIVE]
 
@@ -44,7 +49,7 @@ def check(run, names, dtype, **sizes):
     for name in names:
         options |= OPTIONS[name]
     save = options.pop("save_states", True)
-    halves = options.pop("halves", 1)
+    halves, fill = options.pop("halves", 1), options.pop("fill", 1)
     arguments = problem(**{"b": 2, "l": 37, "h": 2, "g": 1, "p": 5, "n": 7, **sizes}, dtype=dtype, **options)
     if not arguments["dt_softplus"]:  # steps below zero are clamped: keep most of them above
         for which in ("forward", "backward"):
@@ -56,7 +61,7 @@ def check(run, names, dtype, **sizes):
 
     from problems import results
 
-    with forced(chunk=16 * halves, halves=halves):
+    with forced(chunk=16 * halves, halves=halves, fill=fill):
         got = results(lambda **kw: run(save_states=save, **kw), arguments)
     assert_close(got, oracle(arguments), TOLERANCE[dtype])
 

@@ -10,11 +10,12 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: see `problem_of`
 class Problem:
     """What is computed: sizes as the public functions name them, and the form of the operator."""
 
@@ -42,15 +43,15 @@ class Problem:
         """Sets of row data (delta and its sums): one a direction where directions have parameters of their own."""
         return 2 if self.untied else 1
 
-    @property
+    @functools.cached_property
     def p2(self) -> int:
         return max(16, _power_of_two(self.p))
 
-    @property
+    @functools.cached_property
     def n2(self) -> int:
         return max(16, _power_of_two(self.n))
 
-    @property
+    @functools.cached_property
     def limited(self) -> bool:
         least, largest = self.dt_limit
         return largest != math.inf or least > 0.0 or not self.dt_softplus
@@ -65,26 +66,39 @@ class Problem:
         """One C B^T serves both triangles only if the directions share B, C and the row that is read."""
         return self.bidirectional and (self.untied or self.shift)
 
-    def chunks(self, config: Config) -> int:
-        return -(-self.l // config.chunk)
+    def chunks(self, config: Config | Layout) -> int:
+        """Chunks whose states are stored: with `fill`, a whole number of pairs."""
+        return -(-self.l // (config.chunk * config.fill)) * config.fill
 
     def parts(self, config: Config) -> int:
         """Row blocks that one program of the later stages owns."""
         return -(-self.l // config.rows)
 
-    def states_shape(self, chunk: int) -> tuple[int, ...]:
-        return (self.b, -(-self.l // chunk), self.h, self.directions, self.p2, self.n2)
+    def states_shape(self, config: Config | Layout) -> tuple[int, ...]:
+        return (self.b, self.chunks(config), self.h, self.directions, self.p2, self.n2)
 
-    def rows_shape(self, chunk: int) -> tuple[int, ...]:
-        return (self.b, self.h, self.sets, 2, -(-self.l // chunk) * chunk)
+    def rows_shape(self, config: Config | Layout) -> tuple[int, ...]:
+        return (self.b, self.h, self.sets, 3, self.chunks(config) * config.chunk)
+
+
+problem_of = functools.lru_cache(maxsize=4096)(Problem)  # one object a form: what is known of it is found at once
+
+
+class Layout(NamedTuple):
+    """All that shapes of saved tensors depend on."""
+
+    chunk: int  # rows between two stored states
+    halves: int = 1  # 2: stages work on half a chunk and move the entering state over the other half
+    fill: int = 1  # 2: the forward walk passes two chunks a step, and the output stage writes the states between
 
 
 @dataclass(frozen=True)
 class Config:
     """How it is computed. Blocks of p and n divide the padded sizes; `*_heads` divide h / g."""
 
-    chunk: int  # rows between two stored states
-    halves: int  # 2: a program owns half a chunk and moves the entering state over the other half
+    chunk: int  # chunk, halves, fill: see Layout
+    halves: int
+    fill: int
     block_p: int
     block_n: int
     tma: bool
@@ -101,6 +115,7 @@ class Config:
     grad_x_heads: int = 1
     grad_x_warps: int = 4
     grad_x_stages: int = 2
+    grad_x_row_tma: bool = False  # its sums and step sizes, too, by descriptors
     grad_bc_block_n: int = 64
     grad_bc_heads: int = 1
     grad_bc_warps: int = 4
@@ -127,38 +142,38 @@ def forced(**fields):
 
 def choose(problem: Problem, saved: bool, backward: bool) -> Config:
     """The configuration of a pass; `saved`: the states are kept between forward and backward pass."""
-    config = _rule(problem, saved, backward)
+    config = _rule(problem, layout(problem, saved), backward)
     return replace(config, **_forced) if _forced else config
 
 
-def chunk_of(problem: Problem, saved: bool) -> tuple[int, int]:
-    """Chunk length and halves: all that shapes of saved tensors depend on. Comparisons only, so sizes may be symbolic.
+def layout(problem: Problem, saved: bool) -> Layout:
+    """Comparisons only, so sizes may be symbolic.
 
-    H100, b8 l2048 h24 p64 n64 bf16, us: chunk 64: states 76, output 79, grad_x 139, grad_bc 137; chunk 128 in halves:
-    states 55, output 79, grad_x 162, grad_bc 224. So chunk 128 where no gradient follows, and, for its memory, where
-    the
-    states are recomputed; chunk 64 where they are saved.
+    H100, b8 l2048 h24 p64 n64 bf16, us: chunk 64: states 75, output 80, grad_x 114, grad_bc 138; filled in: states 56,
+    output 99; chunk 128 in halves: states 55, output 74, grad_x 144, grad_bc 230. So chunk 64 where the gradients find
+    the states (filled in: 2-8 % faster where heads are few), and chunk 128 where no gradient follows, and, for its
+    memory, where the states are recomputed.
     """
-    if "chunk" in _forced or "halves" in _forced:
+    if "chunk" in _forced or "halves" in _forced or "fill" in _forced:
         halves = _forced.get("halves", 1)
-        return _forced.get("chunk", 64 * halves), halves
+        return Layout(_forced.get("chunk", 64 * halves), halves, _forced.get("fill", 1))
     if problem.dtype == torch.float32:
-        return (16 if problem.l <= 16 else 32), 1
+        return Layout(16 if problem.l <= 16 else 32)
     if problem.l <= 64:
-        return (16 if problem.l <= 16 else 32 if problem.l <= 32 else 64), 1
-    if saved or problem.untied or problem.shift or problem.n > 128:
-        return 64, 1
-    return 128, 2
+        return Layout(16 if problem.l <= 16 else 32 if problem.l <= 32 else 64)
+    if problem.untied or problem.shift or problem.n > 64:
+        return Layout(64)
+    return Layout(64, fill=2) if saved else Layout(128, halves=2)
 
 
 LITTLE = 2**21  # elements of x
 
 
 @functools.lru_cache(maxsize=1024)
-def _rule(problem: Problem, saved: bool, backward: bool) -> Config:
+def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
     """Times in us, H100, bf16, b8 l2048 h24 p64 g1 with n = 64 and n = 128, unless said otherwise."""
     device = _device(problem.device)
-    chunk, halves = chunk_of(problem, saved)
+    chunk, halves, fill = layout
     exact = problem.dtype == torch.float32  # products on the plain units: small tiles, registers and no pipeline
     block_p = min(problem.p2, 32 if exact else 64)
     block_n = min(problem.n2, 32 if exact else 128)
@@ -170,26 +185,28 @@ def _rule(problem: Problem, saved: bool, backward: bool) -> Config:
     tma = device.has_tma and not exact and not little and _fits_descriptors(problem, block_p, block_n)
     roomy = device.shared_memory >= 160 * 1024  # data centre chips; others hold one tile of each kind
     walks = problem.b * problem.h * problem.directions * (problem.p2 // block_p) * (problem.n2 // narrow)
+    walk_rows = chunk if backward else chunk * fill
     row_blocks = problem.b * -(-problem.l // (chunk // halves)) * problem.g
     # grad_bc sums over heads in registers and its parts through memory: 137 in one part (256 programs), 193 in two
     parts = 1 if little else max(1, 2 * device.processors // row_blocks)
     return Config(
         chunk=chunk,
         halves=halves,
+        fill=fill,
         block_p=block_p,
         block_n=block_n,
         tma=tma,
         walk=little or walks >= 2 * device.processors,
-        # n 64: 86 with 2 stages and 76 with 3 at chunk 64; 55 and 62 at chunk 128. n 128: blocks of 64 89, of 128 102
+        # n 64: 86 with 2 stages and 76 with 3 over 64 rows; 55 and 62 over 128. n 128: blocks of 64 89, of 128 102
         states_block_n=narrow,
-        states_stages=1 if exact else 3 if roomy and (chunk == 64 or block_n > 64) else 2,
-        # 81 with 6 heads, 79 with 12 and 3 stages (n 64, either chunk); n 128: 2 stages 114, 1 stage 140 at chunk 64,
-        # 158 and 148 at chunk 128
+        states_stages=1 if exact else 3 if roomy and (walk_rows == 64 or block_n > 64) else 2,
+        # Halves: 81 with 2 stages, 74 with 3; filling in 99 and 113; whole 85 and 80. n 128: 1 stage 140, 2 stages 114
         output_heads=_divisor(heads, 12),
-        output_stages=_stages(exact or not roomy, 3 if block_n <= 64 else 1 if halves == 2 else 2),
-        # n 64: 145 with 2 stages, 139 with 3; in halves 162, 259. n 128: 238 with 2, 210 with 1
+        output_stages=_stages(exact or not roomy, 3 if block_n <= 64 and fill == 1 else 2),
+        # n 64: 126 with 2 stages, 114 with 3, 119 with plain loads; in halves 144. n 128: 204, by descriptors 239
         grad_x_heads=_divisor(heads, 12),
         grad_x_stages=_stages(exact or not roomy, 1 if block_n > 64 else 2 if halves == 2 else 3),
+        grad_x_row_tma=block_n <= 64,
         # n 64: 137 with 2 stages, 176 with 3; in halves 310, 224 with 1. n 128: blocks of 64 241, of 128 249
         grad_bc_block_n=narrow,
         grad_bc_heads=_divisor(heads, max(1, heads // parts)),

@@ -14,15 +14,18 @@ Prefixes: `i_` index, `o_` offset, `m_` mask, `p_` pointer. Sizes in capitals ar
     x, y, z (b, l, h, p)   B, C (b, l, g, n)   dt (b, l, h)
     states  (b, chunks, h, directions, P2, N2)   what enters a chunk; P2, N2 = p, n rounded up to powers of two >= 16;
             slot 0 is passed left to right, slot 1 right to left
-    rows    (b, h, sets, 2, chunks * chunk)   fp32: s and delta; delta is 0 in the padding; two sets if untied
+    rows    (b, h, sets, ROW_LINES, padded l)   fp32: s, e, delta; s and e count anew from every Q-th row on; delta is 0
+            in the padding; two sets if untied
 """
-
-# ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
 import triton
 import triton.language as tl
 
+from bimamba.ops import launch
+
 LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
+ROW_LINES = tl.constexpr(3)
 
 
 # ------------------------------------------------------------------------------------------------ tiles
@@ -122,6 +125,36 @@ def store_state(
         tl.store(S + i_state.to(tl.int64) * (P2 * N2) + o, tile.to(S.dtype.element_ty))
 
 
+# ------------------------------------------------------------------------------------------------ sums
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def sum_both(a, b, AXIS: tl.constexpr):
+    """Two sums in one exchange between threads, in one layout."""
+    if INTERPRETED:  # it takes a reduction of our own element by element
+        return tl.sum(a, AXIS), tl.sum(b, AXIS)
+    else:
+        return tl.reduce((a, b), AXIS, _add_pairs)
+
+
+@triton.jit
+def sum_three(a, b, c, AXIS: tl.constexpr):
+    if INTERPRETED:
+        return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS)
+    else:
+        return tl.reduce((a, b, c), AXIS, _add_triples)
+
+
 # ------------------------------------------------------------------------------------------------ step sizes
 
 
@@ -149,47 +182,21 @@ def step_size(v, least, largest, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr):
 
 
 @triton.jit
-def load_sums(p_row, o_r, PADDED, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    """s, e, delta of rows `o_r .. o_r + ROWS` of a chunk, and s of its last row and of the row before the first.
-
-    The output stage loads these for the next head while it works on one: they feed no product, so the pipeliner leaves
-    them where they stand, and their latency would show (H100, chunk 128: 88 -> 83 us; the gradients have no register
-    left for it and lose 2-20 %). WHOLE: the chunk is ROWS long. PADDED: length of a line of rows.
-    """
-    r = o_r + tl.arange(0, ROWS)
-    s = tl.load(p_row + r)
-    e = tl.load(p_row + r - 1, mask=r > 0, other=0.0)
-    delta = tl.load(p_row + PADDED + r)
-    total = tl.load(p_row + o_r + ROWS - 1)
-    if WHOLE:
-        start = total
+def load_row(rows, i_line, o_l, PADDED, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """Entries `o_l .. o_l + ROWS` of a line of `rows`."""
+    if TMA:
+        return rows.load([i_line, o_l]).reshape(ROWS)
     else:
-        start = tl.load(p_row + tl.maximum(o_r - 1, 0))
-    return s, e, delta, total, start
+        return tl.load(rows + i_line.to(tl.int64) * PADDED + o_l + tl.arange(0, ROWS))
 
 
 @triton.jit
-def local(s, e, total, start, o_r, WHOLE: tl.constexpr):
-    """The sums counted from row `o_r` on."""
-    if WHOLE:
-        return s, e, total
-    else:
-        start = tl.where(o_r > 0, start, 0.0)
-        return s - start, e - start, total - start
-
-
-@triton.jit
-def sums(p_row, o_r, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    """`s`, `e` and `total` of rows `o_r .. o_r + ROWS` of a chunk, counted from `o_r`; WHOLE: the chunk is ROWS
-    long."""
-    r = o_r + tl.arange(0, ROWS)
-    s = tl.load(p_row + r)
-    e = tl.load(p_row + r - 1, mask=r > 0, other=0.0)
-    total = tl.load(p_row + o_r + ROWS - 1)
-    if not WHOLE:
-        start = tl.load(p_row + tl.maximum(o_r - 1, 0))
-        s, e, total = local(s, e, total, start, o_r, WHOLE)
-    return s, e, total
+def load_rows(rows, i_line, o_l, PADDED, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """s, e and delta of rows `o_l .. o_l + ROWS`."""
+    s = load_row(rows, i_line, o_l, PADDED, ROWS, TMA)
+    e = load_row(rows, i_line + 1, o_l, PADDED, ROWS, TMA)
+    delta = load_row(rows, i_line + 2, o_l, PADDED, ROWS, TMA)
+    return s, e, delta
 
 
 @triton.jit

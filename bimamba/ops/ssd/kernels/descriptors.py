@@ -20,6 +20,14 @@ def state_tiles(states: Tensor, block_p: int, block_n: int, tma: bool):
     return _descriptor(states, [states.numel() // n2, n2], [n2, 1], [block_p, block_n])
 
 
+def row_tiles(rows: Tensor, length: int, tma: bool):
+    """Lines of (b, h, sets, 3, padded l) cut into `length`."""
+    if not tma:
+        return rows
+    padded = rows.shape[-1]
+    return _descriptor(rows, [rows.numel() // padded, padded], [padded, 1], [1, length])
+
+
 def _descriptor(base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> TensorDescriptor:
     """`TensorDescriptor(...)` without its checks, which cost the host 5 us for each of the 25 descriptors of a step:
     `choose.py` sees to the shapes, `binding.py` to the alignment."""

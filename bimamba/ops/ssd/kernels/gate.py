@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import launch, start
 
 
 @triton.jit(do_not_specialize=["size"])
-def grad_gate_kernel(dy, ungated, z, du, dz, size, BLOCK: tl.constexpr):
+def grad_gate_kernel(dy, ungated, z, du, dz, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start(EARLY)
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     b_dy = tl.load(dy + o, mask=m, other=0.0).to(tl.float32)

@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import launch, start
 
 from .choose import Config, Problem
 from .common import (
+    ROW_LINES,
     both_ways,
     leftward,
+    load_rows,
     load_state,
     load_tile,
     reading,
@@ -30,7 +32,6 @@ from .common import (
     sequence_id,
     sequence_ids,
     store_tile,
-    sums,
 )
 from .descriptors import state_tiles, tiles
 from .reduce import reduce_parts
@@ -74,7 +75,9 @@ def grad_bc_kernel(
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start(EARLY)
     BLOCKS_P: tl.constexpr = P2 // BLOCK_P
     BLOCKS_N: tl.constexpr = N2 // BLOCK_N
     BOTH: tl.constexpr = FORWARD and BACKWARD
@@ -116,13 +119,19 @@ def grad_bc_kernel(
     acc_B = tl.zeros((Q, BLOCK_N), tl.float32)
     acc_C = tl.zeros((Q, BLOCK_N), tl.float32)
     dM = tl.zeros((Q, Q), tl.float32)
+    PADDED = CHUNKS * K
+    # The scalars of the next head are loaded while this one is worked on: the pipeliner leaves them where they stand
+    p_total = rows + ((i_b.to(tl.int64) * H + i_first) * SETS + SET) * (ROW_LINES * PADDED) + o_l + Q - 1
+    total_next = tl.load(p_total)
     for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         i_h = i_first + i_head
         i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
         i_row = i_b.to(tl.int64) * H + i_h
-        p_row = rows + (i_row * SETS + SET) * 2 * CHUNKS * K + i_c * K
-        s, e, total = sums(p_row, i_half * Q, Q, HALVES == 1)
-        delta = tl.load(p_row + CHUNKS * K + i_half * Q + r)
+        i_line = ((i_b * H + i_h) * SETS + SET) * ROW_LINES
+        total = total_next
+        p_total += tl.where(i_head + 1 < HEADS, SETS * ROW_LINES * PADDED, 0)
+        total_next = tl.load(p_total)
+        s, e, delta = load_rows(rows, i_line, o_l, PADDED, Q, False)
         f, b = reading(s, e, SHIFT)
         to_right = tl.exp2(total - s) * delta
         to_left = tl.exp2(e) * delta
@@ -137,9 +146,9 @@ def grad_bc_kernel(
             cross = tl.where(id_left == id_right, cross, 0.0)
         if HALVES == 2:
             # First half: S_right and gF come in over the second half. Second half: S_left and gB over the first
-            s_far, e_far, total_far = sums(p_row, (1 - i_half) * Q, Q, False)
-            w_x = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far))
-            w_x *= tl.load(p_row + CHUNKS * K + (1 - i_half) * Q + r)
+            s_far, e_far, delta_far = load_rows(rows, i_line, o_far, PADDED, Q, False)
+            total_far = tl.load(rows + (i_row * SETS + SET) * (ROW_LINES * PADDED) + o_far + Q - 1)
+            w_x = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far)) * delta_far
             w_dy = tl.exp2(tl.where(i_half == 0, s_far, total_far - e_far))
             cross_far = tl.exp2(total_far)
             if HAS_SEQ:
@@ -229,14 +238,16 @@ def grad_bc_kernel(
             acc_B += tl.dot(b_x, g_1, input_precision=PRECISION) * to_1[:, None]
             if BOTH:
                 acc_B += tl.dot(b_x, g_2, input_precision=PRECISION) * to_2[:, None]
-            t = tl.dot(b_dy, S_1, input_precision=PRECISION) * from_1[:, None]
+            t = tl.dot(b_dy, S_1, input_precision=PRECISION)
             read_1 += tl.sum(b_C.to(tl.float32) * t, 1)
-            acc_C += t
+            acc_C += t * from_1[:, None]
             if BOTH:
-                t = tl.dot(b_dy, S_2, input_precision=PRECISION) * from_2[:, None]
+                t = tl.dot(b_dy, S_2, input_precision=PRECISION)
                 read_2 += tl.sum(b_C.to(tl.float32) * t, 1)
-                acc_C += t
-        p_line = lines + ((i_row * SETS + SET) * LINES + 4 + i_n) * CHUNKS * K + i_c * K + i_half * Q + r
+                acc_C += t * from_2[:, None]
+        read_1 *= from_1
+        read_2 *= from_2
+        p_line = lines + ((i_row * SETS + SET) * LINES + 4 + i_n) * PADDED + o_l + r
         p_cross = (
             crossing + ((i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h) * 2 * BLOCKS_N + i_n
         )
@@ -250,7 +261,7 @@ def grad_bc_kernel(
             tl.store(p_line, forward_line)
             tl.store(p_cross, crossed * cross)
         if BACKWARD:
-            tl.store(p_line + BLOCKS_N * CHUNKS * K, backward_line)
+            tl.store(p_line + BLOCKS_N * PADDED, backward_line)
             if not FORWARD:
                 tl.store(p_cross + BLOCKS_N, crossed * cross)
     b_C = load_tile(C, i_b, o_C, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)

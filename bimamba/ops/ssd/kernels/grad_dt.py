@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import launch, start
 
 from .choose import Config, Problem
-from .common import softplus
+from .common import ROW_LINES, softplus
 from .reduce import totals
 
 
@@ -49,7 +49,9 @@ def grad_dt_kernel(
     SOFTPLUS: tl.constexpr,
     LIMITED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start(EARLY)
     LINES: tl.constexpr = 4 + 2 * BLOCKS_N
     HEAD_BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     pid = tl.program_id(0)
@@ -61,7 +63,7 @@ def grad_dt_kernel(
     m_h = i_h < H
     m = m_h[:, None] & (o_l < L)[None, :]
     i_row = (i_b * H + i_h) * SETS + SET
-    delta = tl.load(rows + ((i_row * 2 + 1) * PADDED)[:, None] + o_l[None, :], mask=m, other=0.0)
+    delta = tl.load(rows + ((i_row * ROW_LINES + 2) * PADDED)[:, None] + o_l[None, :], mask=m, other=0.0)
     p_line = lines + (i_row * LINES * PADDED)[:, None] + o_l[None, :]
     in_reverse = tl.load(p_line, mask=m, other=0.0)
     in_order = tl.load(p_line + PADDED, mask=m, other=0.0)

@@ -3,9 +3,9 @@
     du_j = exp(total - s_j) gF B_j + exp(e_j) gB B_j + sum_i (decay o C B^T)_ij dy_i,      dx_j = delta_j du_j + D dy_j
 
 with gF, gB the gradients of the states that leave the rows to the right and to the left. A pair (i, j) that weighs
-w_ij in y.dy gives w_ij to d(a_t) of every t between them: row sums minus column sums, summed up along the chunk by
-`grad_dt.py`. They are summed in fp32 on the plain units: on the matrix units in bf16 the kernel is 8 % faster and dA
-two to three times less exact.
+w_ij in y.dy gives w_ij to d(a_t) of every t between them: sums over sources minus sums over readers, summed up along
+the chunk by `grad_dt.py`. They are summed in fp32 on the plain units: on the matrix units in bf16 the kernel is 8 %
+faster and dA two to three times less exact. i == j gives the same to both sums: it needs no mask.
 
 Written per row (`LINES`): 0 what is summed in reverse, inclusively; 1 what is summed forward, inclusively; 2 what a row
 itself takes off, where a sum excludes it; 3 the direct part of d(delta).
@@ -18,12 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import launch, start
 
 from .choose import Config, Problem
 from .common import (
+    ROW_LINES,
     both_ways,
     leftward,
+    load_row,
+    load_rows,
     load_state,
     load_tile,
     reading,
@@ -31,9 +34,10 @@ from .common import (
     sequence_id,
     sequence_ids,
     store_tile,
-    sums,
+    sum_both,
+    sum_three,
 )
-from .descriptors import state_tiles, tiles
+from .descriptors import row_tiles, state_tiles, tiles
 
 
 @triton.jit(do_not_specialize=["L", "CHUNKS", "HEADS"])
@@ -48,6 +52,7 @@ def grad_x_kernel(
     seq,
     grad_states,
     rows,
+    sums,
     dx,
     lines,
     dD,
@@ -73,13 +78,17 @@ def grad_x_kernel(
     D_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    ROW_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start(EARLY)
     BLOCKS_P: tl.constexpr = P2 // BLOCK_P
     BLOCKS_N: tl.constexpr = N2 // BLOCK_N
     DIRECTIONS: tl.constexpr = 2 if BIDIRECTIONAL else 1
     SETS: tl.constexpr = 2 if UNTIED else 1
     TWO_MATRICES: tl.constexpr = BIDIRECTIONAL and (UNTIED or SHIFT)
+    TIED: tl.constexpr = BIDIRECTIONAL and not TWO_MATRICES
     K: tl.constexpr = Q * HALVES
     HOIST: tl.constexpr = BLOCKS_N == 1  # B and C stay for all heads
     pid = tl.program_id(0)
@@ -114,19 +123,36 @@ def grad_x_kernel(
             Cb_0 = load_tile(C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
         if HALVES == 2:
             Cf_0 = load_tile(C, i_b, o_far, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+    if TIED:
+        # C_j B_j: the diagonal counts once more than `both_ways` says
+        twice = tl.zeros((Q,), tl.float32)
+        for k in range(BLOCKS_N):
+            b_B = B_0 if HOIST else load_tile(B, i_b, o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+            b_C = C_0 if HOIST else load_tile(C, i_b, o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+            twice += tl.sum(b_B.to(tl.float32) * b_C.to(tl.float32), 1)
+    PADDED = CHUNKS * K
+    # The scalars of the next head are loaded while this one is worked on: the pipeliner leaves them where they stand
+    p_total = sums + (i_b.to(tl.int64) * H + i_first) * (SETS * ROW_LINES * PADDED) + o_l + Q - 1
+    total_next = tl.load(p_total)
+    if HAS_D and not D_CHANNELS:
+        D_next = tl.load(D + i_first)
     for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         i_h = i_first + i_head
         i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
         i_row = i_b.to(tl.int64) * H + i_h
-        p_row = rows + i_row * SETS * 2 * CHUNKS * K + i_c * K
-        s, e, total = sums(p_row, i_half * Q, Q, HALVES == 1)
-        delta = tl.load(p_row + CHUNKS * K + i_half * Q + r)
+        i_line = (i_b * H + i_h) * (SETS * ROW_LINES)
+        total = total_next
+        p_total += tl.where(i_head + 1 < HEADS, SETS * ROW_LINES * PADDED, 0)
+        total_next = tl.load(p_total)
+        if HAS_D and not D_CHANNELS:
+            D_head = D_next
+            D_next = tl.load(D + tl.minimum(i_h + 1, H - 1))
+        s, e, delta = load_rows(rows, i_line, o_l, PADDED, Q, ROW_TMA)
         f, b = reading(s, e, SHIFT)
         e_back = e
         delta_back = delta
         if UNTIED:
-            s_back, e_back, _ = sums(p_row + 2 * CHUNKS * K, i_half * Q, Q, HALVES == 1)
-            delta_back = tl.load(p_row + 3 * CHUNKS * K + i_half * Q + r)
+            s_back, e_back, delta_back = load_rows(rows, i_line + ROW_LINES, o_l, PADDED, Q, ROW_TMA)
             _, b = reading(s_back, e_back, SHIFT)
         w_right = tl.exp2(total - s)  # to the right edge, where gF comes in
         w_left = tl.exp2(e_back)
@@ -136,7 +162,9 @@ def grad_x_kernel(
         if HALVES == 2:
             # The gradient that comes in over the other half is moved over it first: gF for the first half, gB for the
             # second
-            s_far, e_far, total_far = sums(p_row, (1 - i_half) * Q, Q, False)
+            s_far = load_row(rows, i_line, o_far, PADDED, Q, ROW_TMA)
+            e_far = load_row(rows, i_line + 1, o_far, PADDED, Q, ROW_TMA)
+            total_far = tl.load(sums + i_row * (SETS * ROW_LINES * PADDED) + o_far + Q - 1)
             w_far = tl.exp2(tl.where(i_half == 0, s_far, total_far - e_far))
             cross = tl.exp2(total_far)
             if HAS_SEQ:
@@ -187,7 +215,7 @@ def grad_x_kernel(
                 m = cb * rightward(i, j, f[None, :], s[:, None], SHIFT)
             if HAS_SEQ:
                 m = tl.where(ids[None, :] == ids[:, None], m, 0.0)
-            m_all = tl.where(i == j, 2.0 * m, m) if BIDIRECTIONAL else m
+            m_all = m
 
         # x dy^T, and each pair's weight at its reader (sum over sources) and at its source (sum over readers). All of
         # it
@@ -203,28 +231,28 @@ def grad_x_kernel(
                 b_dy = load_tile(dy, i_b, o_l, i_h, L, H, k_p * BLOCK_P, P, Q, BLOCK_P, TMA)
                 xdy = tl.dot(b_x, tl.trans(b_dy), xdy, input_precision=PRECISION)
         w = xdy * m
-        if UNTIED:  # a delta a direction: their direct gradients are the unweighted sums, kept apart
+        w_delta = w * delta[:, None]
+        if TIED:
+            # Both directions together, and one less the other: so there is one mask
+            signed = tl.where(i > j, w_delta, -w_delta)
+            reader, reader_signed = sum_both(w_delta, signed, 0)
+            direct, source_signed = sum_both(w, signed, 1)
+            upper = 0.5 * ((direct * delta - source_signed) - (reader - reader_signed))
+            lower = reader_signed - source_signed - upper
+        else:
             direct = tl.sum(w, 1)
-        w *= delta[:, None]
-        w_below = tl.where(i > j, w, 0.0)
-        source = tl.sum(w_below, 1)
-        reader = tl.sum(w_below, 0)
-        if BIDIRECTIONAL:
-            if TWO_MATRICES:
-                w = xdy * m_back
-                if UNTIED:
-                    direct_back = tl.sum(w, 1)
-                w *= delta_back[:, None]
-            w_above = tl.where(i < j, w, 0.0)
-            source_back = tl.sum(w_above, 1)
-            reader_back = tl.sum(w_above, 0)
+            reader = tl.sum(w_delta, 0)
+            lower = reader - direct * delta
+        if TWO_MATRICES:
+            w = xdy * m_back
+            direct_back = tl.sum(w, 1)
+            source_back = direct_back * delta_back
+            upper = source_back - tl.sum(w * delta_back[:, None], 0)
         m_16 = m_all.to(dy.dtype if TMA else dy.dtype.element_ty)
 
         leave_1 = tl.zeros((Q,), tl.float32)
         leave_2 = tl.zeros((Q,), tl.float32)
-        if not UNTIED:
-            direct = tl.zeros((Q,), tl.float32)
-        dD_head = 0.0
+        x_dy = tl.zeros((Q,), tl.float32)
         for k_p in range(BLOCKS_P):
             o_p = k_p * BLOCK_P
             if BLOCKS_P == 1:
@@ -267,30 +295,37 @@ def grad_x_kernel(
                     du_2 = tl.dot(b_Bb, tl.trans(g_2), du_2, input_precision=PRECISION)
             x_f32 = b_x.to(tl.float32)
             dy_f32 = b_dy.to(tl.float32)
-            du_1 *= w_1[:, None]
-            leave_1 += tl.sum(x_f32 * du_1, 1)
             if BIDIRECTIONAL:
-                du_2 *= w_2[:, None]
-                leave_2 += tl.sum(x_f32 * du_2, 1)
+                sum_1, sum_2, sum_D = sum_three(x_f32 * du_1, x_f32 * du_2, x_f32 * dy_f32, 1)
+                leave_2 += sum_2
+            else:
+                sum_1, sum_D = sum_both(x_f32 * du_1, x_f32 * dy_f32, 1)
+            leave_1 += sum_1
+            x_dy += sum_D
             if UNTIED:
-                b_dx = du_1 * delta[:, None] + du_2 * delta_back[:, None]
+                b_dx = du_1 * (w_1 * delta)[:, None] + du_2 * (w_2 * delta_back)[:, None]
                 b_dx = tl.dot(m_16, b_dy, b_dx, input_precision=PRECISION)
             else:
-                du = tl.dot(m_16, b_dy, du_1 + du_2, input_precision=PRECISION)
-                direct += tl.sum(x_f32 * du, 1)
-                b_dx = du * delta[:, None]
+                du = du_1 * w_1[:, None]
+                if BIDIRECTIONAL:
+                    du += du_2 * w_2[:, None]
+                b_dx = tl.dot(m_16, b_dy, du, input_precision=PRECISION) * delta[:, None]
+            skip = (twice * delta)[:, None] if TIED else 0.0
             if HAS_D:
+                o_c = o_p + tl.arange(0, BLOCK_P)
                 if D_CHANNELS:
-                    o_c = o_p + tl.arange(0, BLOCK_P)
-                    b_dx += dy_f32 * tl.load(D + i_h * P + o_c, mask=o_c < P, other=0.0)[None, :]
+                    skip += tl.load(D + i_h * P + o_c, mask=o_c < P, other=0.0)[None, :]
                     p_dD = dD + ((i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h) * P + o_c
                     tl.store(p_dD, tl.sum(x_f32 * dy_f32, 0), mask=o_c < P)
                 else:
-                    b_dx += dy_f32 * tl.load(D + i_h)
-                    dD_head += tl.sum(tl.sum(x_f32 * dy_f32, 1), 0)
+                    skip += D_head
+            if HAS_D or TIED:
+                b_dx += dy_f32 * skip
             store_tile(dx, b_dx, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
         if HAS_D and not D_CHANNELS:
-            tl.store(dD + (i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h, dD_head)
+            tl.store(dD + (i_b * CHUNKS * HALVES + i_c * HALVES + i_half).to(tl.int64) * H + i_h, tl.sum(x_dy, 0))
+        leave_1 *= w_1
+        leave_2 *= w_2
         if HALVES == 2 and BIDIRECTIONAL:
             leave_right = tl.where(i_half == 0, leave_1, leave_2)
             leave_left = tl.where(i_half == 0, leave_2, leave_1)
@@ -298,30 +333,35 @@ def grad_x_kernel(
             leave_right = leave_1
             leave_left = leave_2
 
-        p_line = lines + i_row * SETS * LINES * CHUNKS * K + i_c * K + i_half * Q + r
-        if UNTIED:
-            direct += leave_right
-            direct_back += leave_left
+        p_line = lines + i_row * SETS * LINES * PADDED + o_l + r
+        direct += leave_right
         leave_right *= delta
-        lower = reader - source
-        lower_self = (reader + leave_right) if SHIFT else leave_right
+        if TIED:
+            direct += leave_left + twice * x_dy
+        lower_self = leave_right
+        if SHIFT:
+            lower_self += reader
         if BIDIRECTIONAL:
+            if TWO_MATRICES:
+                direct_back += leave_left
             leave_left *= delta_back
-            upper = source_back - reader_back + leave_left
+            upper += leave_left
             upper_self = (source_back + leave_left) if SHIFT else upper
         if UNTIED:
-            p_back = p_line + LINES * CHUNKS * K
+            p_back = p_line + LINES * PADDED
             tl.store(p_back, upper)
-            tl.store(p_back + CHUNKS * K, tl.zeros((Q,), tl.float32))
-            tl.store(p_back + 2 * CHUNKS * K, -upper_self)
-            tl.store(p_back + 3 * CHUNKS * K, direct_back)
+            tl.store(p_back + PADDED, tl.zeros((Q,), tl.float32))
+            tl.store(p_back + 2 * PADDED, -upper_self)
+            tl.store(p_back + 3 * PADDED, direct_back)
         elif BIDIRECTIONAL:
             lower += upper
             lower_self += upper_self
+            if TWO_MATRICES:
+                direct += direct_back
         tl.store(p_line, lower)
-        tl.store(p_line + CHUNKS * K, leave_right)
-        tl.store(p_line + 2 * CHUNKS * K, -lower_self)
-        tl.store(p_line + 3 * CHUNKS * K, direct)
+        tl.store(p_line + PADDED, leave_right)
+        tl.store(p_line + 2 * PADDED, -lower_self)
+        tl.store(p_line + 3 * PADDED, direct)
 
 
 def grad_x(
@@ -370,7 +410,8 @@ def grad_x(
         D=D,
         seq=seq_idx,
         grad_states=state_tiles(grad_states, config.block_p, config.block_n, tma),
-        rows=rows,
+        rows=row_tiles(rows, q, tma and config.grad_x_row_tma),
+        sums=rows,
         dx=wide(dx),
         lines=lines,
         dD=dD,
@@ -396,6 +437,7 @@ def grad_x(
         D_CHANNELS=D is not None and D.dim() == 2,
         STAGES=config.grad_x_stages,
         TMA=tma,
+        ROW_TMA=tma and config.grad_x_row_tma,
         PRECISION=problem.precision,
         num_warps=config.grad_x_warps,
     )

@@ -5,31 +5,32 @@
 
 One program owns (batch row, some heads of a group, rows of a chunk[, block of p]); while it works on one head the next
 one's tiles arrive. With `HALVES == 2` its rows are half of a chunk; one
-of the two entering states must then first be moved over the other half, which is one small product and saves half of
-the bytes of the states (H100, b8 l2048 h24 p64 n64 bf16, sketch: 0.127 ms against 0.155 for a whole forward pass).
+of the two entering states must then first be moved over the other half, which is one small product, and stage 1 writes
+half as many states. Where the backward pass wants a state for every block of rows (FILL), the moved ones are kept.
 """
 
-# ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
+# ruff: noqa: SIM102, SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import launch, start
 
 from .choose import Config, Problem
 from .common import (
+    ROW_LINES,
     both_ways,
     leftward,
+    load_rows,
     load_state,
-    load_sums,
     load_tile,
-    local,
     reading,
     rightward,
     sequence_id,
     sequence_ids,
+    store_state,
     store_tile,
 )
 from .descriptors import state_tiles, tiles
@@ -58,6 +59,7 @@ def output_kernel(
     HEADS,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
+    FILL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     P2: tl.constexpr,
@@ -73,13 +75,17 @@ def output_kernel(
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start(EARLY)
     BLOCKS_P: tl.constexpr = P2 // BLOCK_P
     BLOCKS_N: tl.constexpr = N2 // BLOCK_N
     DIRECTIONS: tl.constexpr = 2 if BIDIRECTIONAL else 1
     SETS: tl.constexpr = 2 if UNTIED else 1
     TWO_MATRICES: tl.constexpr = BIDIRECTIONAL and (UNTIED or SHIFT)
+    TIED: tl.constexpr = BIDIRECTIONAL and not TWO_MATRICES
     K: tl.constexpr = Q * HALVES
+    SLOTS: tl.constexpr = HALVES if FILL else 1
     HOIST: tl.constexpr = BLOCKS_N == 1  # B and C stay for all heads
     pid = tl.program_id(0)
     i_half = pid % HALVES
@@ -115,34 +121,55 @@ def output_kernel(
             Cb_0 = load_tile(C_back, i_b, (o_l + 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
         if HALVES == 2:
             Bf_0 = load_tile(B, i_b, o_far, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
+    if TIED:
+        # C_i B_i: the diagonal counts once more than `both_ways` says
+        twice = tl.zeros((Q,), tl.float32)
+        for k in range(BLOCKS_N):
+            b_B = B_0 if HOIST else load_tile(B, i_b, o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+            b_C = C_0 if HOIST else load_tile(C, i_b, o_l, i_g, L, G, k * BLOCK_N, N, Q, BLOCK_N, TMA)
+            twice += tl.sum(b_B.to(tl.float32) * b_C.to(tl.float32), 1)
     PADDED = CHUNKS * K
-    HEAD_ROWS = SETS * 2 * PADDED
-    p_row = rows + (i_b.to(tl.int64) * H + i_first) * HEAD_ROWS + i_c * K
-    o_near = i_half * Q
-    s_next, e_next, d_next, total_next, start_next = load_sums(p_row, o_near, PADDED, Q, HALVES == 1)
+    # The sums of the next head are loaded while this one is worked on: they feed no product, so the pipeliner leaves
+    # them where they stand, and their latency would show (H100, chunk 128: 88 -> 83 us; by descriptors 85)
+    p_total = rows + (i_b.to(tl.int64) * H + i_first) * (SETS * ROW_LINES * PADDED) + Q - 1
+    total_next = tl.load(p_total + o_l)
     if HALVES == 2:
-        o_other = (1 - i_half) * Q
-        sf_next, ef_next, df_next, totalf_next, startf_next = load_sums(p_row, o_other, PADDED, Q, False)
+        total_far_next = tl.load(p_total + o_far)
+    if HAS_D and not D_CHANNELS:
+        D_next = tl.load(D + i_first)
+    i_line = (i_b * H + i_first) * (SETS * ROW_LINES)
+    s_next, e_next, d_next = load_rows(rows, i_line, o_l, PADDED, Q, False)
+    if HALVES == 2:
+        sf_next, ef_next, df_next = load_rows(rows, i_line, o_far, PADDED, Q, False)
     for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
         i_h = i_first + i_head
-        i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
-        s, e, total = local(s_next, e_next, total_next, start_next, o_near, HALVES == 1)
-        delta = d_next
-        if HALVES == 2:
-            s_far, e_far, total_far = local(sf_next, ef_next, totalf_next, startf_next, o_other, False)
-            d_far = df_next
+        i_state = ((i_b * CHUNKS + i_c) * SLOTS * H + i_h) * DIRECTIONS
+        i_line = (i_b * H + i_h) * (SETS * ROW_LINES)
+        total = total_next
         if UNTIED:
-            s_back, e_back, d_back, total_back, start_back = load_sums(
-                p_row + 2 * PADDED, o_near, PADDED, Q, HALVES == 1
-            )
-        p_row += tl.where(i_head + 1 < HEADS, HEAD_ROWS, 0)
-        s_next, e_next, d_next, total_next, start_next = load_sums(p_row, o_near, PADDED, Q, HALVES == 1)
+            total_back = tl.load(p_total + ROW_LINES * PADDED + o_l)
         if HALVES == 2:
-            sf_next, ef_next, df_next, totalf_next, startf_next = load_sums(p_row, o_other, PADDED, Q, False)
+            total_far = total_far_next
+        p_total += tl.where(i_head + 1 < HEADS, SETS * ROW_LINES * PADDED, 0)
+        total_next = tl.load(p_total + o_l)
+        if HALVES == 2:
+            total_far_next = tl.load(p_total + o_far)
+        if HAS_D and not D_CHANNELS:
+            D_head = D_next
+            D_next = tl.load(D + tl.minimum(i_h + 1, H - 1))
+        s = s_next
+        e = e_next
+        delta = d_next
+        i_line_next = (i_b * H + tl.minimum(i_h + 1, H - 1)) * (SETS * ROW_LINES)
+        s_next, e_next, d_next = load_rows(rows, i_line_next, o_l, PADDED, Q, False)
+        if HALVES == 2:
+            s_far = sf_next
+            e_far = ef_next
+            delta_far = df_next
+            sf_next, ef_next, df_next = load_rows(rows, i_line_next, o_far, PADDED, Q, False)
         f, b = reading(s, e, SHIFT)
         if UNTIED:
-            s_back, e_back, total_back = local(s_back, e_back, total_back, start_back, o_near, HALVES == 1)
-            delta_back = d_back
+            s_back, e_back, delta_back = load_rows(rows, i_line + ROW_LINES, o_l, PADDED, Q, False)
             _, b = reading(s_back, e_back, SHIFT)
         else:
             e_back = e
@@ -157,8 +184,7 @@ def output_kernel(
         if HALVES == 2:
             # The first half moves the right state leftward over the second, the second the left one rightward over
             # the first
-            w_far = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far))
-            w_far *= d_far
+            w_far = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far)) * delta_far
             cross = tl.exp2(total_far)
             if HAS_SEQ:
                 w_far = tl.where(m_far, w_far, 0.0)
@@ -168,8 +194,10 @@ def output_kernel(
                 cross = tl.where(i_half == 0, 1.0, cross)
             x_far = load_tile(x, i_b, o_far, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
             x_far = tl.trans((x_far * w_far[:, None]).to(x_far.dtype))
-            i_1 = i_state + ((1 - i_half) if BIDIRECTIONAL else 0)
-            i_2 = i_state + i_half
+            # Stored states of a chunk: one a direction, or one for each half, of which every other is there
+            i_1 = i_state + ((1 - i_half) * ((SLOTS - 1) * H * DIRECTIONS + 1) if BIDIRECTIONAL else 0)
+            i_2 = i_state + i_half * ((SLOTS - 1) * H * DIRECTIONS + 1)
+            i_filled = i_state + (i_half * (H * DIRECTIONS - 1) + 1 if BIDIRECTIONAL else i_half * H)
         else:
             i_1 = i_state
             i_2 = i_state + 1
@@ -186,6 +214,9 @@ def output_kernel(
                 else:
                     B_far = load_tile(B, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
                 S_1 = tl.dot(x_far, B_far, S_1.to(tl.float32) * cross, input_precision=PRECISION).to(b_x.dtype)
+                if FILL:
+                    if BIDIRECTIONAL or i_half == 1:
+                        store_state(states, S_1, i_filled, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
             if HOIST:
                 b_C = C_0
                 b_Cb = Cb_0 if TWO_MATRICES else C_0
@@ -230,7 +261,6 @@ def output_kernel(
             pairs = pairs * rightward(i, j, f[:, None], s[None, :], SHIFT) * delta[None, :]
             pairs += pairs_back * leftward(i, j, b[:, None], e_back[None, :], SHIFT) * delta_back[None, :]
         elif BIDIRECTIONAL:
-            pairs = tl.where(i == j, 2.0 * pairs, pairs)
             pairs = pairs * (both_ways(f[:, None], b[:, None], s[None, :], e[None, :]) * delta[None, :])
         else:
             pairs = pairs * rightward(i, j, f[:, None], s[None, :], SHIFT) * delta[None, :]
@@ -238,12 +268,15 @@ def output_kernel(
             pairs = tl.where(ids[:, None] == ids[None, :], pairs, 0.0)
         acc = tl.dot(pairs.to(b_x.dtype), b_x, acc, input_precision=PRECISION)
 
+        skip = (twice * delta)[:, None] if TIED else 0.0
         if HAS_D:
             if D_CHANNELS:
                 o_c = o_p + tl.arange(0, BLOCK_P)
-                acc += b_x.to(tl.float32) * tl.load(D + i_h * P + o_c, mask=o_c < P, other=0.0)[None, :]
+                skip += tl.load(D + i_h * P + o_c, mask=o_c < P, other=0.0)[None, :]
             else:
-                acc += b_x.to(tl.float32) * tl.load(D + i_h)
+                skip += D_head
+        if HAS_D or TIED:
+            acc += b_x.to(tl.float32) * skip
         if GATED:
             if KEEP_UNGATED:
                 store_tile(ungated, acc, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
@@ -273,7 +306,8 @@ def scan_output(
     b, l, h, p = x.shape
     y = torch.empty_like(x)
     ungated = torch.empty_like(x) if keep_ungated and z is not None else None
-    q, tma, chunks = config.rows, config.tma, problem.chunks(config)
+    q, halves, tma = config.rows, config.halves * config.fill, config.tma
+    chunks = problem.chunks(config) // config.fill
 
     def wide(t):
         return tiles(t, q, config.block_p, tma)
@@ -283,7 +317,7 @@ def scan_output(
 
     launch(
         output_kernel,
-        b * chunks * (h // config.output_heads) * (problem.p2 // config.block_p) * config.halves,
+        b * chunks * (h // config.output_heads) * (problem.p2 // config.block_p) * halves,
         x.device,
         x=wide(x),
         B=narrow(B),
@@ -305,7 +339,8 @@ def scan_output(
         N=problem.n,
         HEADS=config.output_heads,
         Q=q,
-        HALVES=config.halves,
+        HALVES=halves,
+        FILL=config.fill == 2,
         BLOCK_P=config.block_p,
         BLOCK_N=config.block_n,
         P2=problem.p2,

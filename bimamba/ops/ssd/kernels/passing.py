@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import launch, start
 
 from .choose import Config, Problem
-from .common import sequence_id
+from .common import ROW_LINES, sequence_id
 
 
 @triton.jit(do_not_specialize=["L", "CHUNKS"])
@@ -29,7 +29,9 @@ def passing_kernel(
     H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
-    K: tl.constexpr,
+    Q: tl.constexpr,
+    HALVES: tl.constexpr,
+    SLOTS: tl.constexpr,
     P2: tl.constexpr,
     N2: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -40,9 +42,12 @@ def passing_kernel(
     HAS_ENTER: tl.constexpr,
     HAS_LEAVE: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start(EARLY)
     BLOCKS: tl.constexpr = P2 * N2 // BLOCK
     SETS: tl.constexpr = 2 if UNTIED else 1
+    K: tl.constexpr = Q * HALVES
     pid = tl.program_id(0)
     i_slot = pid % DIRECTIONS
     pid //= DIRECTIONS
@@ -56,8 +61,9 @@ def passing_kernel(
     else:
         back = i_slot * 0 + (1 if GRAD else 0)
         own = i_slot * 0
-    p_total = rows + ((i_b * H + i_h) * SETS + (own if UNTIED else 0)) * 2 * CHUNKS * K + K - 1
-    p_state = states + ((i_b * CHUNKS * H + i_h) * DIRECTIONS + i_slot) * (P2 * N2) + o_s
+    p_row = rows + ((i_b * H + i_h) * SETS + (own if UNTIED else 0)) * ROW_LINES * CHUNKS * K
+    i_state = ((i_b * CHUNKS * SLOTS + back * (SLOTS - 1)) * H + i_h) * DIRECTIONS + i_slot
+    p_state = states + i_state * (P2 * N2) + o_s
     if HAS_SEQ:
         p_seq = seq + i_b * L
     o_pn = (i_b * H + i_h) * (P * N) + (o_s // N2) * N + o_s % N2
@@ -70,9 +76,12 @@ def passing_kernel(
             carry = tl.load(enter_left + o_pn, mask=m_pn, other=0.0)
     for i in tl.range(0, CHUNKS, num_stages=STAGES):
         i_c = i + back * (CHUNKS - 1 - 2 * i)
-        p_c = p_state + i_c.to(tl.int64) * (H * DIRECTIONS * P2 * N2)
+        p_c = p_state + i_c.to(tl.int64) * (SLOTS * H * DIRECTIONS * P2 * N2)
         own_state = tl.load(p_c).to(tl.float32)
-        cross = tl.exp2(tl.load(p_total + i_c * K))
+        total = tl.load(p_row + i_c * K + K - 1)
+        if HALVES == 2:
+            total += tl.load(p_row + i_c * K + Q - 1)
+        cross = tl.exp2(total)
         if HAS_SEQ:
             id_left = sequence_id(p_seq, i_c * K, L)
             id_right = sequence_id(p_seq, i_c * K + K - 1, L)
@@ -94,6 +103,7 @@ def passing_kernel(
 def pass_states(
     problem: Problem,
     config: Config,
+    fill: int,
     states: Tensor,
     rows: Tensor,
     *,
@@ -102,7 +112,8 @@ def pass_states(
     leave: tuple,
     grad: bool,
 ) -> None:
-    """Turns the chunks' own states into the states that enter them, in place; arguments as of `chunk_states`."""
+    """Turns the chunks' own states into the states that enter them, in place; arguments as of `chunk_states`. `fill`:
+    only every so many states are there."""
     block = min(config.passing_block, problem.p2 * problem.n2)
     blocks = problem.p2 * problem.n2 // block
     launch(
@@ -117,11 +128,13 @@ def pass_states(
         leave_left=leave[0],
         leave_right=leave[1],
         L=problem.l,
-        CHUNKS=problem.chunks(config),
+        CHUNKS=problem.chunks(config) // fill,
         H=problem.h,
         P=problem.p,
         N=problem.n,
-        K=config.chunk,
+        Q=config.rows,
+        HALVES=config.halves * fill,
+        SLOTS=fill,
         P2=problem.p2,
         N2=problem.n2,
         BLOCK=block,

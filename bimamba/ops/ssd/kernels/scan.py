@@ -56,7 +56,7 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor | None, Saved]:
     """`y`, the states in the end `(directions, b, h, p, n)` fp32 if `final`, and what the backward pass needs."""
     config = choose(problem, saved=save, backward=False)
-    rows = torch.empty(problem.rows_shape(config.chunk), dtype=torch.float32, device=t.x.device)
+    rows = torch.empty(problem.rows_shape(config), dtype=torch.float32, device=t.x.device)
     ends = _edges(problem, t.x.device) if final else None
     leave = (None, None) if ends is None else (ends[-1], ends[0])
     states = _states(problem, config, t, rows, leave=leave)
@@ -70,7 +70,7 @@ def scan_backward(problem: Problem, t: Inputs, saved: Saved, dy: Tensor, dfinal:
     config = choose(problem, saved=keeps, backward=True)
     states, rows = saved.states, saved.rows
     if not keeps:
-        rows = torch.empty(problem.rows_shape(config.chunk), dtype=torch.float32, device=t.x.device)
+        rows = torch.empty(problem.rows_shape(config), dtype=torch.float32, device=t.x.device)
         states = _states(problem, config, t, rows)
     matrices = (t.B[0], t.C[0], t.B[1], t.C[1])
     dz = None

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import launch, start
 
 from .choose import Config, Problem
-from .common import LOG2E, load_tile, sequence_id, sequence_ids, step_size, store_state
+from .common import LOG2E, ROW_LINES, load_tile, sequence_id, sequence_ids, step_size, store_state
 from .descriptors import state_tiles, tiles
 from .passing import pass_states
 
@@ -52,7 +52,9 @@ def states_kernel(
     G: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
-    K: tl.constexpr,
+    Q: tl.constexpr,
+    HALVES: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     P2: tl.constexpr,
@@ -72,10 +74,13 @@ def states_kernel(
     TMA: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start(EARLY)
     BLOCKS_P: tl.constexpr = P2 // BLOCK_P
     BLOCKS_N: tl.constexpr = N2 // BLOCK_N
     SETS: tl.constexpr = 2 if UNTIED else 1
+    K: tl.constexpr = Q * HALVES
     pid = tl.program_id(0)
     i_slot = pid % DIRECTIONS
     pid //= DIRECTIONS
@@ -112,13 +117,15 @@ def states_kernel(
                     bias = bias_back
     i_g = i_h // (H // G)
     o_k = tl.arange(0, K)
-    p_row = rows + ((i_b.to(tl.int64) * H + i_h) * SETS + (own if UNTIED else 0)) * 2 * CHUNKS * K
+    p_row = rows + ((i_b.to(tl.int64) * H + i_h) * SETS + (own if UNTIED else 0)) * ROW_LINES * CHUNKS * K
     if HAS_SEQ:
         p_seq = seq + i_b.to(tl.int64) * L
     if GRAD:
-        # A reader's weight takes s or e, and only one of them: e_t is s_{t-1}
-        lag = (1 - own) if SHIFT else own
-        ahead = tl.load(p_row + first * K + o_k - lag, mask=o_k >= lag, other=0.0)
+        # A reader's weight takes s or e, and only one of them
+        p_weight = p_row + ((1 - own) if SHIFT else own) * CHUNKS * K
+        ahead = tl.load(p_weight + first * K + o_k)
+        if HALVES == 2:
+            ahead_first = tl.load(p_row + first * K + Q - 1)
         ahead_total = tl.load(p_row + first * K + K - 1)
     else:
         decay = tl.load(A + i_h).to(tl.float32) * LOG2E
@@ -137,7 +144,7 @@ def states_kernel(
     for i in tl.range(0, steps, num_stages=STAGES):
         i_c = first + i - 2 * i * back
         o_l = i_c * K
-        i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS + i_slot
+        i_state = (((i_b * CHUNKS + i_c) * SLOTS + back * (SLOTS - 1)) * H + i_h) * DIRECTIONS + i_slot
         b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, K, BLOCK_P, TMA)
         if SHIFT and GRAD:
             b_B = load_tile(B, i_b, o_l - 1 + 2 * own, i_g, L, G, o_n, N, K, BLOCK_N, TMA)
@@ -148,9 +155,14 @@ def states_kernel(
         i_next = i_c + 1 - 2 * back
         if GRAD:
             total = ahead_total
-            p_next = p_row + tl.minimum(tl.maximum(i_next, 0), CHUNKS - 1) * K  # after the last step: not used
-            ahead = tl.load(p_next + o_k - lag, mask=o_k >= lag, other=0.0)
-            ahead_total = tl.load(p_next + K - 1)
+            if HALVES == 2:  # rows count from the middle again
+                v = tl.where(o_k < Q, v, v + ahead_first)
+                total += ahead_first
+            o_next = tl.minimum(tl.maximum(i_next, 0), CHUNKS - 1) * K  # after the last step: not used
+            ahead = tl.load(p_weight + o_next + o_k)
+            if HALVES == 2:
+                ahead_first = tl.load(p_row + o_next + Q - 1)
+            ahead_total = tl.load(p_row + o_next + K - 1)
             w = tl.exp2(tl.where(own == 0, v, total - v))
         else:
             o_next = i_next * K + o_k
@@ -161,8 +173,12 @@ def states_kernel(
             s = tl.cumsum(a, 0)
             total = tl.min(s, 0)  # the last one
             if (o_p == 0) & (o_n == 0) & ((own == 0) | UNTIED):
-                tl.store(p_row + o_l + o_k, s)
-                tl.store(p_row + CHUNKS * K + o_l + o_k, delta)
+                s_rows = s
+                if HALVES == 2:
+                    s_rows = tl.where(o_k < Q, s, s - tl.sum(tl.where(o_k < Q, a, 0.0), 0))
+                tl.store(p_row + o_l + o_k, s_rows)
+                tl.store(p_row + CHUNKS * K + o_l + o_k, s_rows - a)
+                tl.store(p_row + 2 * CHUNKS * K + o_l + o_k, delta)
             # Not as `total - s`: these are large for strong decays, and the last rows would lose what float32 holds
             to_right = (tl.cumsum(a, 0, reverse=True) - a) if EXACT else (total - s)
             w = tl.exp2(tl.where(own == 0, to_right, s - a)) * delta
@@ -210,23 +226,26 @@ def chunk_states(
     leave: tuple = (None, None),
     grad: bool = False,
 ) -> Tensor:
-    """States entering every chunk, `(b, chunks, h, directions, P2, N2)` in x's dtype.
+    """States entering every chunk, `(b, chunks, h, directions, P2, N2)` in x's dtype: where `config.fill` is 2, and not
+    for gradients, those that enter every pair of chunks; the output stage fills in the others.
 
     With `grad`, `x` is dy and `B` is C. Writes `rows` unless `grad`. `enter` and `leave` are (at the left edge, at the
     right edge): states fp32 `(b, h, p, n)` to start from, and tensors that receive what arrives in the end.
     """
     b, l, h, p = x.shape
-    states = torch.empty(problem.states_shape(config.chunk), dtype=x.dtype, device=x.device)
+    states = torch.empty(problem.states_shape(config), dtype=x.dtype, device=x.device)
     blocks = (problem.p2 // config.block_p) * (problem.n2 // config.states_block_n)
-    programs = b * h * problem.directions * blocks * (1 if config.walk else problem.chunks(config))
+    fill = 1 if grad else config.fill
+    chunk, chunks = config.chunk * fill, problem.chunks(config) // fill
+    programs = b * h * problem.directions * blocks * (1 if config.walk else chunks)
     tma = config.tma and not problem.untied  # a descriptor cannot be chosen by direction outside the loop
     width = config.states_block_n
     launch(
         states_kernel,
         programs,
         x.device,
-        x=tiles(x, config.chunk, config.block_p, tma),
-        B=tiles(B, config.chunk, width, tma),
+        x=tiles(x, chunk, config.block_p, tma),
+        B=tiles(B, chunk, width, tma),
         B_back=B_back,
         dt=dt[0],
         dt_back=dt[1],
@@ -244,12 +263,14 @@ def chunk_states(
         states=state_tiles(states, config.block_p, width, tma),
         rows=rows,
         L=l,
-        CHUNKS=problem.chunks(config),
+        CHUNKS=chunks,
         H=h,
         G=problem.g,
         P=p,
         N=problem.n,
-        K=config.chunk,
+        Q=config.rows,
+        HALVES=config.halves * fill,
+        SLOTS=fill,
         BLOCK_P=config.block_p,
         BLOCK_N=width,
         P2=problem.p2,
@@ -272,5 +293,5 @@ def chunk_states(
         num_warps=config.states_warps,
     )
     if not config.walk:
-        pass_states(problem, config, states, rows, seq_idx=seq_idx, enter=enter, leave=leave, grad=grad)
+        pass_states(problem, config, fill, states, rows, seq_idx=seq_idx, enter=enter, leave=leave, grad=grad)
     return states
