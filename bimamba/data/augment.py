@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bimamba.data.policies import random_erase, trivial_augment
 from bimamba.data.sequences import complement_tokens
 from bimamba.packing import Packing, mirror
 
@@ -44,6 +45,7 @@ class ImageAugmentation(nn.Module):
         color_jitter: strength of brightness, contrast, saturation and hue; None = off.
         rand_augment: `[operations, magnitude]` (magnitude between 0 and 30) of RandAugment (Cubuk 2020); None = off.
         random_erasing: probability of erasing a rectangle (Zhong 2020), by the mean colour.
+        trivial_augment: probability of one random operation (Müller 2021); many times faster than rand_augment.
         resized_crop: part of the area, from and to, of a random resized crop; None = off.
 
     Raises:
@@ -61,12 +63,14 @@ class ImageAugmentation(nn.Module):
         rand_augment: Sequence[float] | None = None,
         random_erasing: float = 0.0,
         resized_crop: Sequence[float] | None = None,
+        trivial_augment: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (
             ("horizontal_flip", horizontal_flip),
             ("vertical_flip", vertical_flip),
             ("random_erasing", random_erasing),
+            ("trivial_augment", trivial_augment),
         ):
             if not 0 <= value <= 1:
                 raise ValueError(f"data.augment.{name}: expected a probability in [0, 1], got {value}")
@@ -88,6 +92,7 @@ class ImageAugmentation(nn.Module):
         self.crop_padding, self.horizontal_flip, self.vertical_flip = crop_padding, horizontal_flip, vertical_flip
         self.resized_crop = (resized_crop[0], resized_crop[1]) if resized_crop is not None else None
         self.color_jitter, self.rand_augment, self.random_erasing = color_jitter, rand_augment, random_erasing
+        self.trivial_augment = trivial_augment
         self._built: dict[str, nn.Module] = {}
 
     def forward(self, images: Tensor, mean: Tensor, crop: bool = True) -> Tensor:
@@ -111,9 +116,10 @@ class ImageAugmentation(nn.Module):
             images = self._kornia("color_jitter")(images)
         if self.rand_augment is not None:
             images = torch.cat([self._kornia("rand_augment")(part) for part in images.chunk(self.GROUPS)])
-        if self.random_erasing:
-            # Erased to 0 around the mean: after normalisation the rectangle says nothing.
-            images = self._kornia("random_erasing")(images - mean[:, None, None]) + mean[:, None, None]
+        if self.trivial_augment:
+            images = trivial_augment(images, self.trivial_augment, mean)
+        if self.random_erasing:  # by the mean: after normalisation the rectangle says nothing
+            images = random_erase(images, self.random_erasing, mean)
         return images
 
     def _kornia(self, name: str, size: tuple[int, int] | None = None) -> nn.Module:
@@ -130,10 +136,8 @@ class ImageAugmentation(nn.Module):
                 module = K.RandomResizedCrop(size, scale=crop, cropping_mode="resample")
             elif name == "color_jitter":
                 module = K.ColorJitter(*jitter)
-            elif name == "rand_augment":
-                module = K.auto.RandAugment(int(rand[0]), int(rand[1]))
             else:
-                module = K.RandomErasing(p=self.random_erasing)
+                module = K.auto.RandAugment(int(rand[0]), int(rand[1]))
             self._built[name] = module
         return self._built[name]
 

@@ -120,8 +120,8 @@ class VisionDataModule(ClassificationDataModule):
         if isinstance(store, DeviceImages):
             store = CachedImages(store.pixels)
         channels, height, width = store.batch(torch.zeros(1, dtype=torch.int64)).shape[1:]
-        for option in ("color_jitter", "rand_augment"):
-            if getattr(self.augmentation, option) is not None and channels != 3:
+        for option in ("color_jitter", "rand_augment", "trivial_augment"):
+            if getattr(self.augmentation, option) and channels != 3:
                 raise ValueError(f"data.augment.{option}: expected images of 3 channels, got {channels}")
         if self.mean is None or self.std is None:  # both, or none
             mean, std = channel_statistics(store, train, self.seed)

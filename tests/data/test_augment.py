@@ -45,6 +45,7 @@ OPTIONS = {
     "flips": dict(horizontal_flip=0.5, vertical_flip=0.5),
     "color_jitter": dict(color_jitter=[0.4, 0.4, 0.4, 0.1]),
     "rand_augment": dict(rand_augment=[2, 9]),
+    "trivial_augment": dict(trivial_augment=0.9),
     "random_erasing": dict(random_erasing=0.9),
     "resized_crop": dict(resized_crop=[0.3, 1.0]),
     "all": dict(
@@ -97,6 +98,7 @@ def test_grey_images_too():
         (dict(crop_padding=-1), ["crop_padding", "got -1"]),
         (dict(vertical_flip=1.5), ["vertical_flip", "[0, 1]", "got 1.5"]),
         (dict(random_erasing=-1), ["random_erasing", "got -1"]),
+        (dict(trivial_augment=2), ["trivial_augment", "got 2"]),
         (dict(color_jitter=[0.1]), ["color_jitter", "[brightness, contrast, saturation, hue]", "[0.1]"]),
         (dict(rand_augment=[2, 30]), ["rand_augment", "between 0 and 30", "[2, 30]"]),
         (dict(resized_crop=[0.5, 2]), ["resized_crop", "(0, 1]", "[0.5, 2]"]),
@@ -107,9 +109,9 @@ def test_options_out_of_range(options, parts):
         ImageAugmentation(**options)
 
 
-@pytest.mark.parametrize("option", ["color_jitter", "rand_augment"])
+@pytest.mark.parametrize("option", ["color_jitter", "rand_augment", "trivial_augment"])
 def test_colour_options_need_colours(option):
-    value = [0.1] * 4 if option == "color_jitter" else [2, 9]
+    value = {"color_jitter": [0.1] * 4, "rand_augment": [2, 9], "trivial_augment": 0.5}[option]
     with stops(f"data.augment.{option}", "expected images of 3 channels, got 1"):
         VisionDataModule(Digits(), augment={option: value}).setup("fit")
 
