@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import cast
 
@@ -12,10 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bimamba.finetune import frozen_parts, load_pretrained
 from bimamba.hub import HubModel
-from bimamba.nn import BiMamba2, Block, MeanPooling, NucleotideEmbedding, PatchEmbedding, Pooling
+from bimamba.nn import BiMamba2, Block, ClassTokenPooling, MeanPooling, NucleotideEmbedding, PatchEmbedding, Pooling
 from bimamba.packing import Packing, packing_of
 from bimamba.pretrained import NOT_SAVED
 from bimamba.spec import DataSpec
+
+SCAN_ORDERS = ("rows", "columns")
 
 
 class Backbone(nn.Module):
@@ -26,6 +29,12 @@ class Backbone(nn.Module):
         mlp, mlp_ratio, layer_scale, dropout: see `Block`.
         drop_path: rate of stochastic depth of the last block; it rises linearly from zero at the first.
         checkpoint_blocks: keep only the blocks' inputs for the backward pass and recompute the rest.
+        scan_order: in which order the first, second, … block (and then from the beginning again) reads an image's
+            tokens: `rows` or `columns` (several scans of an image: Liu et al. 2024, "VMamba", arXiv:2401.10166).
+        grid: rows and columns of an image's tokens; needed for `columns`.
+
+    Raises:
+        ValueError: no block, an unknown order, or columns of what is no image.
     """
 
     def __init__(
@@ -39,10 +48,20 @@ class Backbone(nn.Module):
         layer_scale: float | None = None,
         dropout: float = 0.0,
         checkpoint_blocks: bool = False,
+        scan_order: Sequence[str] = ("rows",),
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth: expected at least 1, got {depth}")
+        if not scan_order or isinstance(scan_order, str) or not set(scan_order) <= set(SCAN_ORDERS):
+            raise ValueError(f"scan_order: expected a list of {' and '.join(SCAN_ORDERS)}, got {scan_order!r}")
+        if "columns" in scan_order and grid is None:
+            raise ValueError(
+                "scan_order: columns are those of an image whose embedding keeps rows apart (patches, pixels, "
+                "conv_stem) and whose pooling adds no token; expected [rows] here"
+            )
+        self.scan_order, self.grid = tuple(scan_order), grid
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(d_model, mixer, mlp, mlp_ratio, rate, layer_scale, dropout) for rate in rates)
         self.norm = nn.RMSNorm(d_model, eps=1e-5)
@@ -54,12 +73,22 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """x: `(b, l, d_model)`; mask: `(b, l)` bool, False at padding; seq_idx: `(b, l)`, packed sequences."""
-        for block in self.blocks:
+        now = "rows"
+        for block, order in zip(self.blocks, cycle(self.scan_order)):
+            x, now = self._read(x, now, order), order
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, mask, seq_idx, use_reentrant=False)
             else:
                 x = block(x, mask, seq_idx)
-        return self.norm(x)
+        return self.norm(self._read(x, now, "rows"))
+
+    def _read(self, x: Tensor, now: str, order: str) -> Tensor:
+        """An image's tokens in another order. Masks need no turning: images have none."""
+        if now == order:
+            return x
+        assert self.grid is not None
+        shape = self.grid if now == "rows" else self.grid[::-1]
+        return x.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
 
 
 class Head(nn.Module):
@@ -116,6 +145,7 @@ class Classifier(HubModel):
         dropout: float = 0.0,
         head_dropout: float = 0.0,
         checkpoint_blocks: bool = False,
+        scan_order: Sequence[str] = ("rows",),
         pretrained: str | Path | None = None,
         freeze: str | int | None = None,
     ) -> None:
@@ -126,8 +156,9 @@ class Classifier(HubModel):
             embedding = arguments["embedding"] = PatchEmbedding if spec.kind == "image" else NucleotideEmbedding
         self.embedding = embedding(spec, d_model)
         self.pooling = cast(Pooling, pooling(d_model))
+        grid = None if isinstance(self.pooling, ClassTokenPooling) else getattr(self.embedding, "grid", None)
         self.backbone = Backbone(
-            d_model, depth, mixer, mlp, mlp_ratio, drop_path, layer_scale, dropout, checkpoint_blocks
+            d_model, depth, mixer, mlp, mlp_ratio, drop_path, layer_scale, dropout, checkpoint_blocks, scan_order, grid
         )
         self.head = Head(d_model, spec.num_outputs, head_dropout)
         if pretrained is not None:

@@ -5,6 +5,7 @@ from .block import MLP, Block, DropPath, LayerScale
 from .embedding import NucleotideEmbedding, PatchEmbedding, PixelEmbedding, Positions
 from .mamba2 import BiMamba2, Mamba2, RMSNormGated
 from .pooling import AttentionPooling, ClassTokenPooling, MaxPooling, MeanPooling, Pooling, TokenPooling
+from .stem import ConvStem, PixelConvEmbedding
 
 __all__ = [
     "MLP",
@@ -13,6 +14,7 @@ __all__ = [
     "BiMamba2",
     "Block",
     "ClassTokenPooling",
+    "ConvStem",
     "DropPath",
     "LayerScale",
     "Mamba2",
@@ -20,6 +22,7 @@ __all__ = [
     "MeanPooling",
     "NucleotideEmbedding",
     "PatchEmbedding",
+    "PixelConvEmbedding",
     "PixelEmbedding",
     "Pooling",
     "Positions",

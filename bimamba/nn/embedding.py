@@ -57,7 +57,8 @@ def sinusoids(position: Tensor, d: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(*position.shape, d - 2 * half)], dim=-1)
 
 
-def _expect_kind(spec: DataSpec, kind: str, embedding: str) -> None:
+def expect_kind(spec: DataSpec, kind: str, embedding: str) -> None:
+    """Raises a ValueError where the data are not what an embedding takes."""
     if spec.kind != kind:
         raise ValueError(
             f"{embedding} embeds data of kind {kind!r}, got {spec.kind!r}; choose another model/embedding for this data"
@@ -69,8 +70,9 @@ class PixelEmbedding(nn.Module):
 
     def __init__(self, spec: DataSpec, d_model: int, positions: str = "learned") -> None:
         super().__init__()
-        _expect_kind(spec, "image", "pixels")
+        expect_kind(spec, "image", "pixels")
         channels, height, width = spec.image_shape
+        self.grid = (height, width)
         self.proj = nn.Linear(channels, d_model)
         self.positions = Positions(positions, d_model, height * width)
 
@@ -88,10 +90,11 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, spec: DataSpec, d_model: int, patch_size: int = 4, positions: str = "learned") -> None:
         super().__init__()
-        _expect_kind(spec, "image", "patches")
+        expect_kind(spec, "image", "patches")
         channels, height, width = spec.image_shape
         if height % patch_size or width % patch_size:
             raise ValueError(f"patch_size: expected a divisor of {height} and {width}, got {patch_size}")
+        self.grid = (height // patch_size, width // patch_size)
         self.proj = nn.Conv2d(channels, d_model, patch_size, stride=patch_size)
         self.positions = Positions(positions, d_model, height * width // patch_size**2)
 
@@ -104,7 +107,7 @@ class NucleotideEmbedding(nn.Module):
 
     def __init__(self, spec: DataSpec, d_model: int, positions: str = "none") -> None:
         super().__init__()
-        _expect_kind(spec, "sequence", "nucleotides")
+        expect_kind(spec, "sequence", "nucleotides")
         self.embed = nn.Embedding(spec.num_tokens, d_model, padding_idx=0)
         self.positions = Positions(positions, d_model, spec.longest)
 

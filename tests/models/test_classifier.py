@@ -93,12 +93,45 @@ def test_mixers_by_config(mixer):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "attention", "cls"])
-@pytest.mark.parametrize("embedding", ["pixels", "patches"])
+@pytest.mark.parametrize("embedding", ["pixels", "patches", "pixels_conv", "conv_stem"])
 def test_parts_by_config(pooling, embedding):
     model = composed(
         "+model=nano", f"model/pooling={pooling}", f"model/embedding={embedding}", "model.depth=1", "model.mlp=gelu"
     )(spec=IMAGE)
     assert model(torch.randn(2, 3, 8, 12)).shape == (2, 1)
+
+
+def test_columns_are_the_rows_of_the_image_turned_around_its_diagonal():
+    embedding = partial(PatchEmbedding, patch_size=2, positions="none")
+    torch.manual_seed(0)
+    columns = Classifier(IMAGE, 16, 3, mixer=MIXER, embedding=embedding, scan_order=["columns"])
+    turned = DataSpec(**(vars(IMAGE) | {"height": IMAGE.width, "width": IMAGE.height}))
+    rows = Classifier(turned, 16, 3, mixer=MIXER, embedding=embedding)
+    state = dict(columns.state_dict())
+    state["embedding.proj.weight"] = state["embedding.proj.weight"].transpose(-1, -2)
+    rows.load_state_dict(state)
+    images = torch.randn(2, 3, 8, 12)
+    torch.testing.assert_close(columns(images), rows(images.transpose(-1, -2)))
+    both = Classifier(IMAGE, 16, 3, mixer=MIXER, embedding=embedding, scan_order=["rows", "columns"])
+    both.load_state_dict(columns.state_dict())
+    x, block = torch.randn(2, 24, 16), both.backbone.blocks
+    middle = block[1](block[0](x).view(2, 4, 6, 16).transpose(1, 2).flatten(1, 2)).view(2, 6, 4, 16)
+    torch.testing.assert_close(both.backbone(x), both.backbone.norm(block[2](middle.transpose(1, 2).flatten(1, 2))))
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "words"),
+    [
+        (IMAGE, {"scan_order": []}, "expected a list of rows and columns, got \\[\\]"),
+        (IMAGE, {"scan_order": ["spiral"]}, "spiral"),
+        (IMAGE, {"scan_order": "rows"}, "expected a list"),
+        (DNA, {"scan_order": ["columns"]}, "those of an image"),
+        (IMAGE, {"scan_order": ["columns"], "pooling": ClassTokenPooling}, "adds no token"),
+    ],
+)
+def test_scan_orders_that_cannot_be(spec, options, words):
+    with pytest.raises(ValueError, match=words):
+        Classifier(spec, 16, 2, mixer=MIXER, **options)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
