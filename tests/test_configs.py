@@ -80,7 +80,9 @@ LOCAL = {
     "digits": lambda f: [],
     "motifs": lambda f: ["data.source.num_train=40", "data.source.num_val=20", "data.source.num_test=20"],
     "cifar10_pixels": lambda f: [f"data.path={images(f)}"],
+    "cifar10_pixels_fast": lambda f: [f"data.path={images(f)}"],
     "cifar10_patches": lambda f: [f"data.path={images(f)}"],
+    "cifar10_patches_stem": lambda f: [f"data.path={images(f)}"],
     "promoters": lambda f: [f"data.path={fasta(f)}"],
     "genomic_benchmark": lambda f: [f"data.path={table(f, ('seq', 'label'))}", "data.task=demo_human_or_worm"],
     "nucleotide_transformer": lambda f: [
