@@ -217,6 +217,7 @@ def repetitions(settings: Mapping[str, tuple[np.ndarray, float, float]], metric:
     axes.set_yticks(range(len(settings)), [f"{name} (n={len(v)})" for name, (v, _, _) in settings.items()], fontsize=8)
     axes.set(ylim=(len(settings) - 0.5, -0.5), xlabel=metric)
     axes.tick_params(axis="x", labelsize=8)
+    axes.locator_params(axis="x", nbins=5)  # more would run into each other
     axes.grid(axis="x", linewidth=0.4)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

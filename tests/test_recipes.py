@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from runs import DIGITS, composed, load, run, train
 
+from bimamba.callbacks import finders
 from bimamba.callbacks.finders import scale_rates
 
 SHORT = [*DIGITS, "trainer.max_epochs=1", "test=false", "callbacks.learning_curves=null", "callbacks.examples=null"]
@@ -53,11 +54,13 @@ def test_the_other_schedules_run(tmp_path, option):
 
 def test_the_rate_that_is_found_is_the_schedules_highest(tmp_path, monkeypatch):
     options = ["callbacks=lr_finder", "callbacks.lr_finder.num_training_steps=40", "task.scheduler.warmup=2"]
-    said = []
+    said, drawn, draw = [], [], finders.plots.rate_finder
     monkeypatch.setattr("bimamba.callbacks.finders.rank_zero_info", said.append)
+    monkeypatch.setattr(finders.plots, "rate_finder", lambda *args: drawn.append(args) or draw(*args))
     _, spy = trained(tmp_path, *SHORT, *options)
     found = float(said[0].rpartition("=")[2])
     assert 1e-6 < found < 1 and (tmp_path / "plots" / "learning_rate_finder.png").stat().st_size > 5000
+    assert 2.1 < drawn[0][1][0] < 2.5 and 2.1 < drawn[0][1][9] < 2.5  # the loss of ten equal classes, from the start
     training = [max(r) for r in spy.rates[-6:]]  # after those of the search
     assert training[:3] == pytest.approx([found / 3, found * 2 / 3, found], rel=5e-3) and training[3] < training[2]
     assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 6

@@ -40,6 +40,8 @@ class FindLearningRate(LearningRateFinder):
             self.lr_find(trainer, pl_module)
         finally:
             loop.max_epochs = epochs
+        if self.optimal_lr:
+            self.optimal_lr.results["loss"] = averaged(self.optimal_lr.results["loss"])
         found = self.optimal_lr.suggestion() if self.optimal_lr else None
         if found is None:
             rank_zero_info("Learning rate finder: no suggestion; the loss gives no clear fall, or too few steps.")
@@ -76,6 +78,15 @@ class FindBatchSize(BatchSizeFinder):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pass
+
+
+def averaged(losses: list[float], beta: float = 0.98) -> list[float]:
+    """The moving averages of Lightning's finder (2.6) as they should be.
+
+    An average of n values has to be divided by 1 - beta^n; Lightning takes n + 1, and its curve begins at half its
+    height and rises.
+    """
+    return [v * (1 - beta ** (n + 1)) / (1 - beta**n) for n, v in enumerate(losses, start=1)]
 
 
 def scale_rates(trainer: Trainer, factor: float) -> None:
