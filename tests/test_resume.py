@@ -222,6 +222,7 @@ def test_a_full_disk_ends_a_training_with_one_message(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bimamba.atomic.os.fsync", full)
+    monkeypatch.setattr("bimamba.callbacks.learning_curves.save_figure", full)  # nor is there room for a picture
     with pytest.raises(SystemExit) as caught, train.config.clear_errors():
         run(tmp_path, *DIGITS, "trainer.max_epochs=1")
     assert "No space left on device" in str(caught.value) and "No earlier checkpoint was there" in str(caught.value)

@@ -119,7 +119,10 @@ class NumericalHealth(Callback):
             return message
         path = self.folder / f"step_{step}.ckpt"
         self._to_save = {"batch": _on_cpu(batch), "random": states, "step": step, "found": found}
-        trainer.save_checkpoint(path)  # of all processes together
+        try:
+            trainer.save_checkpoint(path)  # of all processes together
+        except OSError as error:  # a full disk does not hide what was found
+            raise FloatingPointError(f"{message}\nIt cannot be replayed: {error}") from error
         self._to_save = None
         return f"{message}\nSaved {path}. Replay with:  python -m bimamba.replay {path}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class LearningCurves(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero:
-            self._draw(trainer, pl_module)
+            with suppress(OSError):  # on a full disk the error that ended the training is the one to be read
+                self._draw(trainer, pl_module)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, key: str | None = None) -> None:
         if trainer.fast_dev_run or not self.history:

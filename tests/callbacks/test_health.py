@@ -75,6 +75,15 @@ def test_it_leaves_a_step_out_and_lowers_the_rate(tmp_path):
     assert sorted(p.name for p in (tmp_path / "nonfinite").iterdir()) == ["step_1.ckpt", "step_3.ckpt"]
 
 
+def test_a_full_disk_hides_neither_what_was_found_nor_that_it_is_full(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bimamba.atomic.os.fsync", full)
+    with pytest.raises(FloatingPointError, match=r"(?s)not finite at step 3 .*cannot be replayed: .*No space left"):
+        broken(tmp_path, Break([3]), "callbacks.health.action=skip", "callbacks.model_checkpoint=null")
+
+
 def test_it_does_not_skip_for_ever(tmp_path):
     options = ["callbacks.health.action=skip", "callbacks.health.max_skips=2", "callbacks.health.max_saved=1"]
     with pytest.warns(UserWarning), pytest.raises(FloatingPointError, match="The last 2 steps were left out already"):
