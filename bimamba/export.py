@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "model.pt2"
 # What decides the rows that a figure is of; an evaluation on others does not belong into a model's card.
-ROWS = ("_target_", "source", "path", "task", "seed", "val_fraction", "test_fraction", "num_folds", "fold")
+ROWS = ("_target_", "source", "path", "task", "seed", "val_fraction", "test_fraction", "num_folds", "fold", "fold_role")
 
 
 @rank_zero_only

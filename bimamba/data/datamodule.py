@@ -109,12 +109,13 @@ class ClassificationDataModule(LightningDataModule):
         test_fraction: float = 0.2,
         num_folds: int | None = None,
         fold: int | None = None,
+        fold_role: str = "val",
         problem: str | None = None,
         class_names: Sequence[str] | None = None,
         check_duplicates: bool = True,
     ) -> None:
         super().__init__()
-        check_fractions(val_fraction, test_fraction, num_folds, fold)
+        check_fractions(val_fraction, test_fraction, num_folds, fold, fold_role)
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size is not None and size < 1:
                 raise ValueError(f"data.{name}: expected at least 1, got {size}")
@@ -131,6 +132,7 @@ class ClassificationDataModule(LightningDataModule):
         # into the test set of a later evaluation.
         self.seed = 0 if seed is None else seed
         self.val_fraction, self.test_fraction, self.num_folds, self.fold = val_fraction, test_fraction, num_folds, fold
+        self.fold_role = fold_role
         self.problem, self.class_names = problem, tuple(map(str, class_names)) if class_names is not None else None
         self.check_duplicates = check_duplicates
 
@@ -228,6 +230,7 @@ class ClassificationDataModule(LightningDataModule):
             test_fraction=self.test_fraction,
             num_folds=self.num_folds,
             fold=self.fold,
+            fold_role=self.fold_role,
             seed=self.seed,
         )
         if not evaluating and len(splits["train"]) == 0:

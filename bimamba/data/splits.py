@@ -70,6 +70,7 @@ def make_splits(
     num_folds: int | None,
     fold: int | None,
     seed: int,
+    fold_role: str = "val",
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The three splits, those the source does not define made from its training rows.
 
@@ -81,29 +82,39 @@ def make_splits(
             becomes the test set, where none is given; 0: no test set; 1: every row is a test row.
         num_folds, fold: k-fold over the non-test rows; fold number `fold` is the validation set.
         seed: decides which rows.
+        fold_role: `val`, or `test`: cross-validation. The folds are of all rows, fold number `fold` is the test set
+            and the validation set comes out of the others, so that nothing is chosen on rows that are tested.
 
     Returns:
         The splits, and sentences that say what was done.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or cross-validation of data that have a test set of their own.
     """
-    check_fractions(val_fraction, test_fraction, num_folds, fold)
+    check_fractions(val_fraction, test_fraction, num_folds, fold, fold_role)
     splits = {name: given.get(name, np.zeros(0, np.int64)) for name in ("train", "val", "test")}
     if UNSPLIT in given:
         splits["train"] = given[UNSPLIT]
     notes = []
-    if "test" not in given:
+    testing = num_folds is not None and fold_role == "test"
+    if testing and "test" in given:
+        raise ValueError("data.fold_role=test: expected data without a test set, these have one; use fold_role=val")
+    if testing:
+        assert num_folds is not None and fold is not None
+        pool = _pool(splits, num_folds)
+        splits["test"] = stratified_folds(strata, pool, num_folds, seed)[fold]
+        for name in ("train", "val"):
+            splits[name] = np.setdiff1d(splits[name], splits["test"], assume_unique=True)
+        notes.append(f"test: fold {fold} of {num_folds} (stratified, seed {seed})")
+    elif "test" not in given:
         if test_fraction == 1:
             splits = {"train": splits["val"][:0], "val": splits["val"][:0], "test": _merge(splits)}
             return splits, ["every row is a test row (test_fraction=1)"]
         splits["train"], splits["test"] = stratified_split(strata, splits["train"], test_fraction, seed)
         notes.append(f"test: a stratified {test_fraction:.0%} of the rows, seed {seed} (no test set given)")
-    if num_folds is not None:
+    if num_folds is not None and not testing:
         assert fold is not None
-        pool = np.sort(np.concatenate([splits["train"], splits["val"]]))
-        if len(pool) < num_folds and len(pool):
-            raise ValueError(f"data.num_folds: expected at most one fold a row, got {num_folds} for {len(pool)} rows")
+        pool = _pool(splits, num_folds)
         splits["val"] = stratified_folds(strata, pool, num_folds, seed)[fold]
         splits["train"] = np.setdiff1d(pool, splits["val"], assume_unique=True)
         notes.append(f"val: fold {fold} of {num_folds} (stratified, seed {seed}) of the non-test rows")
@@ -115,8 +126,19 @@ def make_splits(
     return splits, notes
 
 
-def check_fractions(val_fraction: float, test_fraction: float, num_folds: int | None, fold: int | None) -> None:
+def _pool(splits: dict[str, np.ndarray], num_folds: int) -> np.ndarray:
+    pool = np.sort(np.concatenate([splits["train"], splits["val"]]))
+    if len(pool) < num_folds and len(pool):
+        raise ValueError(f"data.num_folds: expected at most one fold a row, got {num_folds} for {len(pool)} rows")
+    return pool
+
+
+def check_fractions(
+    val_fraction: float, test_fraction: float, num_folds: int | None, fold: int | None, fold_role: str = "val"
+) -> None:
     """Raises ValueError for options that no data set could satisfy."""
+    if fold_role not in ("val", "test"):
+        raise ValueError(f"data.fold_role: expected val or test, got {fold_role!r}")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"data.val_fraction: expected a number in [0, 1), got {val_fraction}")
     if not 0 <= test_fraction <= 1:

@@ -93,6 +93,21 @@ def test_folds_of_unsplit_rows_share_one_test_set():
     assert np.array_equal(tests[0], tests[1]) and np.array_equal(tests[0], tests[2])
 
 
+def test_cross_validation_tests_every_row_once_and_validates_on_others():
+    options = {**OPTIONS, "num_folds": 5, "fold_role": "test"}
+    made = [make_splits({"all": np.arange(100)}, strata(100), **{**options, "fold": f})[0] for f in range(5)]
+    assert np.array_equal(np.sort(np.concatenate([s["test"] for s in made])), np.arange(100))
+    for splits in made:
+        assert [len(splits[name]) for name in ("train", "val", "test")] == [72, 8, 20]
+        assert np.array_equal(np.sort(np.concatenate(list(splits.values()))), np.arange(100))
+    given = {"train": np.arange(80), "val": np.arange(80, 100)}
+    splits, notes = make_splits(given, strata(100), **{**options, "fold": 0})
+    assert set(splits["val"]) <= set(given["val"]) and set(splits["test"]) & set(given["val"])
+    assert notes == ["test: fold 0 of 5 (stratified, seed 0)"]
+    with pytest.raises(ValueError, match="without a test set"):
+        make_splits({"train": np.arange(90), "test": np.arange(90, 100)}, strata(100), **{**options, "fold": 0})
+
+
 def test_fractions_of_nothing_and_everything():
     none, _ = make_splits({"all": np.arange(50)}, strata(50), **{**OPTIONS, "val_fraction": 0, "test_fraction": 0})
     assert len(none["train"]) == 50
@@ -105,6 +120,7 @@ def test_fractions_of_nothing_and_everything():
     [
         (dict(val_fraction=1.0), r"val_fraction: expected a number in \[0, 1\), got 1.0"),
         (dict(test_fraction=-0.1), r"test_fraction: expected a number in \[0, 1\], got -0.1"),
+        (dict(fold_role="train"), "fold_role: expected val or test, got 'train'"),
         (dict(num_folds=5), "go together, got num_folds=5, fold=None"),
         (dict(fold=0), "go together, got num_folds=None, fold=0"),
         (dict(num_folds=1, fold=0), "num_folds: expected at least 2, got 1"),
