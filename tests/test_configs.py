@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from runs import ROOT, TINY, composed, load, run, train
 
+from bimamba.spec import DataSpec
 from bimamba.tasks.base import Task
 
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "configs").iterdir() if p.is_dir()}
@@ -84,6 +86,8 @@ LOCAL = {
     "cifar10_patches": lambda f: [f"data.path={images(f)}"],
     "cifar10_patches_stem": lambda f: [f"data.path={images(f)}"],
     "promoters": lambda f: [f"data.path={fasta(f)}"],
+    "arabidopsis": lambda f: [f"data.path={table(f, ('seq', 'label'))}"],
+    "ecoli_sigma70": lambda f: [f"data.path={fasta(f)}"],
     "genomic_benchmark": lambda f: [f"data.path={table(f, ('seq', 'label'))}", "data.task=demo_human_or_worm"],
     "nucleotide_transformer": lambda f: [
         f"data.path={table(f, ('sequence', 'label'), name=str, task=lambda i: 'H3K4me3')}",
@@ -106,6 +110,25 @@ def test_experiments_run_one_step(name, tmp_path):
     options = [f"experiment={name}", *TINY, *LOCAL[name](data), "data.batch_size=8"]
     metrics = run(tmp_path / "run", *options, "trainer.fast_dev_run=true")
     assert np.isfinite(metrics["train/loss"]) and np.isfinite(metrics["test/loss"])
+
+
+CIFAR = DataSpec("image", "multiclass", tuple("abcdefghij"), channels=3, height=32, width=32)
+DNA = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACGTN", max_length=251)
+SMALL = ["experiment=arabidopsis", "model.d_model=256", "model.depth=2", "model.mixer.headdim=64"]
+
+
+@pytest.mark.parametrize(("spec", "options"), [(CIFAR, ["experiment=cifar10_patches"]), (DNA, SMALL)])
+def test_arms_of_the_ablation_have_equal_parameters(spec, options, tmp_path):
+    sizes, mixers = {}, set()
+    for arm in GROUPS["ablation"]:
+        with torch.device("meta"):
+            net = instantiate(composed(tmp_path, *options, f"ablation={arm}").model)(spec=spec)
+        block = net.backbone.blocks[0]
+        assert block.mlp is not None and net.embedding.positions.kind == "learned"
+        sizes[arm] = sum(p.numel() for p in net.parameters())
+        mixers.add((type(block.mixer), getattr(block.mixer, "tied", None), getattr(block.mixer, "shift", None)))
+    assert len(mixers) == len(sizes) == 5
+    assert all(size == pytest.approx(sizes["tied"], rel=0.01) for size in sizes.values()), sizes
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

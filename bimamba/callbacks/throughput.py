@@ -1,4 +1,4 @@
-"""Samples and tokens per second of training."""
+"""Samples and tokens per second of training, and the memory that it took."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Throughput(Callback):
 
     Measured over the steps between two logged ones, waiting for data included, validation and checkpoints excluded. The
     first steps (kernel compilation, cold caches, starting workers) do not count. Tokens are real ones: padding does not
-    count. Every process is assumed to have batches of the same size.
+    count. Every process is assumed to have batches of the same size. On a GPU also `performance/peak_memory_mib`, the
+    most that tensors of this process have taken since the training began.
 
     Args:
         skip_steps: number of first steps that are left out.
@@ -28,6 +29,8 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = 0
         self._reset()
+        if pl_module.device.type == "cuda":  # of this run, not of those before it in a sweep
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def _reset(self) -> None:
         self._last: float | None = None
@@ -69,6 +72,8 @@ class Throughput(Callback):
             rates = {"performance/samples_per_second": self._samples * factor}
             if tokens := int(self._tokens):
                 rates["performance/tokens_per_second"] = tokens * factor
+            if pl_module.device.type == "cuda":
+                rates["performance/peak_memory_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**20
             for logger in trainer.loggers:
                 logger.log_metrics(rates, step=trainer.global_step)
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in rates.items()})
