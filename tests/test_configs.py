@@ -218,6 +218,7 @@ def test_a_search_goes_the_way_of_the_monitored_metric(mode, direction):
     search = OmegaConf.load(ROOT / "configs" / "hparams_search" / "optuna.yaml")
     cfg = OmegaConf.merge(search, {"monitor_mode": mode, "monitor": "val/x"})
     assert cfg.hydra.sweeper.direction == direction and cfg.optimized_metric == "val/x"
+    assert cfg.hydra.sweeper.max_failure_rate == 1.0  # a trial that diverges does not end the search
 
 
 def test_debug_overfit_learns_its_batches(tmp_path):
