@@ -23,6 +23,7 @@ from bimamba import config
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
 from bimamba.export import export
 from bimamba.loggers import finish_wandb
+from bimamba.overrides import soften, with_checkpoint
 from bimamba.quiet import quiet
 from bimamba.runs import claimed, locate
 from bimamba.spec import DataSpec
@@ -50,7 +51,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     config.check(cfg)
     checkpoint = chosen_weights(read_checkpoint(path), cfg.weights) if path else None
     if checkpoint:
-        cfg = config.with_checkpoint(cfg, checkpoint, overrides)
+        cfg = with_checkpoint(cfg, checkpoint, overrides)
         cfg.ckpt_path = path
     with claimed(cfg.paths.output_dir, fresh=cfg.stage == "fit" and checkpoint is None):
         return run(cfg, checkpoint, choices)
@@ -175,5 +176,5 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     config.check_plugins(sys.argv[1:])
-    sys.argv[1:] = config.soften(sys.argv[1:])
+    sys.argv[1:] = soften(sys.argv[1:])
     main()

@@ -58,7 +58,8 @@ def read_checkpoint(path: str | Path, key: str = "ckpt_path") -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        places = (path, path / "checkpoints") if path.is_dir() else (path.parent,)
+        near = [file for place in places for file in sorted(place.glob("*.ckpt"))]
         hint = f"; there is {', '.join(map(str, near))}" if near else ""
         what = "a folder" if path.is_dir() else "no such file"
         raise FileNotFoundError(f"{key}: expected a checkpoint file, got {path} ({what}){hint}")

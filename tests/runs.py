@@ -10,6 +10,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from bimamba.overrides import soften
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,7 +51,7 @@ def composed(output_dir: Path, *overrides: str) -> DictConfig:
 def run(output_dir: Path, *overrides: str, choices: dict | None = None) -> dict[str, float]:
     """`python train.py *overrides`, in this process."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    typed = train.config.soften(overrides)
+    typed = soften(overrides)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", [*typed, f"paths.output_dir={output_dir}"])
         return train.train(cfg, typed, choices or {})

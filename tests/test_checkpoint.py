@@ -21,8 +21,10 @@ def test_missing_files_name_their_neighbours(tmp_path):
     (tmp_path / "best.ckpt").touch()
     with pytest.raises(FileNotFoundError, match=r"there is .*best\.ckpt"):
         read_checkpoint(tmp_path / "bset.ckpt")
-    with pytest.raises(FileNotFoundError, match="a folder"):
-        read_checkpoint(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(FileNotFoundError, match=r"a folder.*there is .*run/checkpoints/last\.ckpt"):
+        read_checkpoint(tmp_path / "run")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip", b"export A=1\n. ./env\n"])

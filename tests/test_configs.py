@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from runs import ROOT, TINY, composed, load, run, train
 
+from bimamba.overrides import soften
 from bimamba.spec import DataSpec
 from bimamba.tasks.base import Task
 
@@ -236,7 +237,6 @@ def test_early_stopping_stops(tmp_path):
 
 
 def test_softened_arguments():
-    soften = train.config.soften
     assert soften(["data.batch_size=3"]) == ["data.batch_size=3"]
     assert soften(["ckpt_path=null", "data.x=3"]) == ["ckpt_path=null", "data.x=3"]
     assert soften(["hydra=submitit", "-m", "seed=1,2"]) == ["-m", "hydra=submitit", "seed=1,2"]

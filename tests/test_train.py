@@ -15,6 +15,7 @@ from PIL import Image
 from runs import DIGITS, ROOT, composed, load, run, train
 
 from bimamba.checkpoint import read_checkpoint
+from bimamba.overrides import with_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_command_line_adds_to_the_checkpoint(fitted, tmp_path):
     typed += ["hydra=default", "hydra.job.chdir=false"]  # of the launch, not of the run
     given = composed(tmp_path, *typed)
     with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = train.config.with_checkpoint(given, checkpoint, typed)
+        cfg = with_checkpoint(given, checkpoint, typed)
     assert cfg.data.batch_size == 7 and cfg.data.seed == 3
     assert cfg.model.d_model == 16 and cfg.model.embedding.patch_size == 4  # the checkpoint's
     assert cfg.trainer.devices == 2 and cfg.trainer.max_epochs == 10  # the group's, not that of the default experiment
@@ -124,6 +125,16 @@ def test_resuming_goes_on_where_it_stopped_in_the_same_folder(tmp_path):
     (state,) = (v for k, v in second["callbacks"].items() if "LearningCurves" in k)
     assert [row["epoch"] for row in state["history"]] == [0, 1, 2]
     assert len(list(tmp_path.glob("config*.yaml"))) == 2  # the first one is kept
+
+
+def test_resuming_with_another_rate_is_refused_for_it_would_do_nothing(fitted, tmp_path):
+    with pytest.raises(ValueError, match=r"task\.optimizer\.lr=0\.05: a resumed training goes on .*\(lr=0\.01\)"):
+        run(tmp_path, last(fitted), "task.optimizer.lr=0.05")
+    checkpoint = read_checkpoint(fitted[0] / "checkpoints" / "last.ckpt")
+    typed = [last(fitted), "++task.optimizer.lr=0.01"]  # the whole command once more, by a scheduler
+    given = composed(tmp_path, *typed)
+    with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        assert with_checkpoint(given, checkpoint, typed).task.optimizer.lr == 0.01
 
 
 def test_where_runs_write(fitted, tmp_path):

@@ -1,0 +1,148 @@
+"""What a checkpoint and a command line make together: a checkpoint's own configuration, and what was typed on top."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from bimamba.checkpoint import check_paths, check_targets, did_you_mean
+
+# What a checkpoint decides at evaluation. The rest (logger, callbacks, paths, extras) belongs to the evaluation, and so
+# does the trainer's placement: a checkpoint of eight GPUs is evaluated on a laptop.
+EVALUATED = ("data", "model", "task", "trainer", "task_name", "tags", "seed", "monitor", "monitor_mode")
+PLACEMENT = ("accelerator", "strategy", "devices", "num_nodes", "default_root_dir")
+# What a resumed training does not take from its checkpoint.
+OWN = ("paths", "extras", "stage", "ckpt_path", "explain", "export")
+# Groups whose files are overrides of everything: they make a recipe, and a checkpoint has one already.
+RECIPES = ("experiment", "debug", "hparams_search")
+
+
+def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a checkpoint plus what this command line adds.
+
+    A group override (`trainer=cpu`) replaces that sub-tree, a dotted one (`data.batch_size=8`) that value. A training
+    is resumed with everything it had; an evaluation takes data, model, task and trainer (less its placement).
+
+    Args:
+        cfg: as Hydra composed it from `overrides`.
+        checkpoint: as read by `read_checkpoint`.
+        overrides: of the command line.
+
+    Raises:
+        ValueError: an unknown key, an override that a checkpoint does not allow, or an untrusted target.
+    """
+    given = checkpoint["recipe"]
+    typed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    groups = [o for o in typed if _is_group(o)]
+    _refuse_other_recipes(groups, checkpoint.get("choices", {}))
+    keys = [k for k in given if k not in OWN] if cfg.stage == "fit" else [k for k in EVALUATED if k in given]
+    check_targets({k: given[k] for k in keys}, extra=cfg.extras.trusted_modules)
+    said = {o.key_or_group for o in typed}
+    for key in {"callbacks", "logger", "trainer"} & set(keys) - said:  # what writes
+        check_paths(given[key], key, said)
+
+    # What a group override brings must be the group's own values, not those of the default experiment.
+    others = [o.input_line for o in typed if o.key_or_group not in RECIPES and not o.key_or_group.startswith("hydra")]
+    fresh = hydra.compose("train", ["~experiment", *(o for o in others if o)])
+    merged: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    for key in keys:
+        merged[key] = given[key]
+    if cfg.stage != "fit":
+        for key in PLACEMENT:
+            if key in fresh.trainer:
+                merged.trainer[key] = _raw(fresh, f"trainer.{key}")
+    for override in groups:
+        if override.key_or_group not in RECIPES and override.key_or_group.split("/")[0] != "hydra":
+            package = override.key_or_group.replace("/", ".")
+            OmegaConf.update(merged, package, _raw(fresh, package), merge=False)
+    for override in typed:
+        if override not in groups and not override.key_or_group.startswith("hydra."):
+            _apply(merged, override)
+    if cfg.stage == "fit":
+        _refuse_another_optimizer(given, merged)
+    OmegaConf.set_struct(merged, True)
+    return merged
+
+
+def _refuse_another_optimizer(given: Mapping[str, Any], merged: DictConfig) -> None:
+    """The optimizer's saved state brings its own rates and decays: others would be taken in silence, and do nothing."""
+    before = given.get("task", {}).get("optimizer") or {}
+    now = _raw(merged, "task.optimizer") or {}
+    differ = [k for k in before if k in now and now[k] != before[k]]
+    if differ:
+        raise ValueError(
+            f"task.optimizer.{differ[0]}={now[differ[0]]}: a resumed training goes on with its optimizer as it was "
+            f"saved ({differ[0]}={before[differ[0]]}); for another one begin a new training from the weights, by "
+            "model.pretrained=CHECKPOINT"
+        )
+
+
+def _is_group(override: Override) -> bool:
+    loader = GlobalHydra.instance().config_loader()
+    return bool(loader.get_group_options(override.key_or_group)) and isinstance(override.value(), str | list | None)
+
+
+def _raw(cfg: DictConfig, key: str) -> Any:
+    """A value, or a sub-tree as plain containers, with its references unresolved."""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    raw = OmegaConf.to_container(node, resolve=False)
+    return raw[leaf]  # type: ignore[index, call-overload]
+
+
+def _refuse_other_recipes(groups: Sequence[Override], choices: Mapping[str, Any]) -> None:
+    for override in groups:
+        name, value = override.key_or_group, override.value()
+        if name in RECIPES and value is not None and choices.get(name) != value:
+            raise ValueError(
+                f"{name}={value}: a checkpoint brings its own configuration (made with {name}={choices.get(name)}); "
+                "leave it out and override single keys instead"
+            )
+
+
+def _apply(cfg: DictConfig, override: Override) -> None:
+    key = override.key_or_group
+    if override.is_delete():
+        raise ValueError(f"~{key}: keys of a checkpoint's configuration cannot be deleted; set them to null")
+    plain_add = override.is_add() and not override.is_force_add()
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if not plain_add and not (isinstance(node, DictConfig) and leaf in node):
+        known = flat_keys(cfg)
+        raise ValueError(f"{key}: no such key in the checkpoint's configuration{did_you_mean(key, known)}")
+    OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
+
+
+def flat_keys(cfg: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all keys."""
+    if isinstance(cfg, DictConfig):
+        cfg = OmegaConf.to_container(cfg, resolve=False)
+    if not isinstance(cfg, dict):
+        return []
+    keys = []
+    for key, value in cfg.items():
+        keys += [f"{prefix}{key}", *flat_keys(value, f"{prefix}{key}.")]
+    return keys
+
+
+def soften(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with `-m` before them all, and `++` before dotted overrides where a checkpoint is given.
+
+    Python's argparse takes overrides from one side of `-m` alone: `python train.py hydra=submitit -m seed=1,2` would be
+    an error.
+
+    Hydra composes the defaults first and would refuse `data.max_length=…` for a checkpoint of sequences because the
+    default data are images. `with_checkpoint` applies the same overrides again, and strictly. (`ckpt_path=auto` may
+    find no checkpoint, so its command is that of a whole training, which Hydra checks.)
+    """
+    arguments = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
+    if not any(re.match(r"\+{0,2}ckpt_path=(?!(?:null|auto)$).", a) for a in arguments):
+        return list(arguments)
+    return [f"++{a}" if re.match(r"(?!(?:hydra|explain|paths|extras)\.)\w+\.[\w.]+=", a) else a for a in arguments]
