@@ -91,6 +91,7 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
 
     metrics: dict[str, float] = {}
     if cfg.stage == "fit":
+        metrics |= earlier(output_dir) if checkpoint else {}
         trainer.fit(task, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
         metrics |= numbers(trainer.callback_metrics) | best_score(trainer)
         if cfg.test and datamodule.sizes["test"]:
@@ -142,6 +143,13 @@ def make_callbacks(cfg: DictConfig) -> list[Callback]:
 def make_loggers(cfg: DictConfig) -> list[Any] | bool:
     """The loggers; False for none, as Lightning wants it."""
     return [instantiate(c) for c in config.parts(cfg.logger)] or False
+
+
+def earlier(output_dir: Path) -> dict[str, float]:
+    """What this folder's training has measured: one that had ended before it was resumed measures nothing again."""
+    path = output_dir / "metrics.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return {key: value for key, value in found.items() if not key.startswith("test/")}
 
 
 def best_score(trainer: Trainer) -> dict[str, float]:

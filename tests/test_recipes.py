@@ -13,12 +13,16 @@ SHORT = [*DIGITS, "trainer.max_epochs=1", "test=false", "callbacks.learning_curv
 
 class Spy(Callback):
     def __init__(self):
-        self.rates, self.batches, self.labels = [], [], []
+        self.rates, self.batches, self.labels, self.norms = [], [], [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
         self.batches.append(len(batch["inputs"]))
         self.labels.append(batch["label"])
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):  # what the last step took
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.norms += [float(torch.nn.utils.get_total_norm(gradients))] if gradients else []
 
 
 def trained(folder, *overrides):
@@ -32,12 +36,14 @@ def test_everything_at_once(tmp_path):
     options = ["data.mix.mixup=0.2", "data.mix.cutmix=1", "data.sampling=balanced", "data.augment.random_erasing=0.2"]
     options += ["task=plateau", "task.layer_decay=0.5", "trainer.accumulate_grad_batches=2", "task.label_smoothing=0.1"]
     options += [
-        "trainer.gradient_clip_val=0.5",
+        "trainer.gradient_clip_val=0.01",
+        "trainer.log_every_n_steps=1",
         "callbacks.average.decay=0.9",
         "model.drop_path=0.2",
         "monitor=val/mcc",
     ]
     metrics, spy = trained(tmp_path, *SHORT, *options, "monitor_mode=max", "task.scheduler.warmup=2")
+    assert max(spy.norms) < 0.0101 and metrics["train/grad_norm"] > 0.1  # clipped, and logged as it was
     assert 0 <= metrics["train/accuracy"] <= 1 and metrics["train/loss"] < 3
     assert spy.labels[0].shape == (256, 10) and spy.labels[0].sum(1).allclose(torch.ones(256))
     assert len(set(spy.rates[-1])) == 3  # embedding, block, head

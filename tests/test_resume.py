@@ -190,6 +190,10 @@ def test_last_is_the_newest_run_of_the_task(tmp_path, capsys):
     # auto: this run's own folder, where it has begun, else a new training
     assert train.locate("auto", tmp_path, "digits", folder) == str(folder / "checkpoints" / "last.ckpt")
     assert train.locate("auto", tmp_path, "digits", tmp_path / "new") is None
+    # the same command once more, when all is done: nothing is trained, and no figure is lost
+    done = json.loads((folder / "metrics.json").read_text())
+    run(folder, *options, "trainer.max_epochs=2", "ckpt_path=auto")
+    assert json.loads((folder / "metrics.json").read_text()) == done and "val/mcc" in done
     # a new training does not overwrite another one
     with pytest.raises(ValueError, match=r"holds the checkpoints of another training: go on with it \(ckpt_path="):
         run(folder, *options)
