@@ -21,7 +21,7 @@ PLACEMENT = ("accelerator", "strategy", "devices", "num_nodes", "default_root_di
 # What a resumed training does not take from its checkpoint.
 OWN = ("paths", "extras", "stage", "ckpt_path", "explain", "export")
 # Groups whose files are overrides of everything: they make a recipe, and a checkpoint has one already.
-RECIPES = ("experiment", "debug", "hparams_search")
+RECIPES = ("experiment", "ablation", "debug", "hparams_search")
 
 
 def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
