@@ -50,9 +50,10 @@ def broken(folder, spy, *overrides):
         return run(folder, *SHORT, *overrides)
 
 
-def test_it_stops_names_the_place_and_the_printed_command_replays_it(tmp_path, capsys):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_it_stops_names_the_place_and_the_printed_command_replays_it(tmp_path, capsys, precision):
     with pytest.raises(SystemExit) as caught, train.config.clear_errors():
-        broken(tmp_path, Break([3]))
+        broken(tmp_path, Break([3]), f"trainer.precision={precision}")
     said = str(caught.value)
     path = tmp_path / "nonfinite" / "step_3.ckpt"
     assert "not finite at step 3 (epoch 0, batch 3): the output of net.backbone.blocks.0.mixer.out_proj (" in said
