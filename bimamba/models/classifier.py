@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bimamba.finetune import frozen_parts, load_pretrained
 from bimamba.hub import HubModel
 from bimamba.nn import BiMamba2, Block, ClassTokenPooling, MeanPooling, NucleotideEmbedding, PatchEmbedding, Pooling
+from bimamba.nn.norm import RMSNorm
 from bimamba.packing import Packing, packing_of
 from bimamba.pretrained import NOT_SAVED
 from bimamba.spec import DataSpec
@@ -64,7 +65,7 @@ class Backbone(nn.Module):
         self.scan_order, self.grid = tuple(scan_order), grid
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(d_model, mixer, mlp, mlp_ratio, rate, layer_scale, dropout) for rate in rates)
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = RMSNorm(d_model)
         self.checkpoint_blocks = checkpoint_blocks
         branches = depth * (1 if mlp is None else 2)
         for name, parameter in self.named_parameters():

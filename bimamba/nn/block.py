@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bimamba.nn.norm import RMSNorm
+
 
 class DropPath(nn.Module):
     """Stochastic depth: drops the residual branch of samples in training (Huang et al. 2016, arXiv:1603.09382).
@@ -96,10 +98,10 @@ class Block(nn.Module):
         def scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(d_model, layer_scale)
 
-        self.norm1, self.mixer, self.scale1 = nn.RMSNorm(d_model, eps=1e-5), mixer(d_model), scale()
+        self.norm1, self.mixer, self.scale1 = RMSNorm(d_model, cast=True), mixer(d_model), scale()
         self.mlp = None
         if mlp is not None:
-            self.norm2, self.scale2 = nn.RMSNorm(d_model, eps=1e-5), scale()
+            self.norm2, self.scale2 = RMSNorm(d_model, cast=True), scale()
             self.mlp = MLP(d_model, mlp_ratio, mlp, dropout)
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
 

@@ -15,6 +15,7 @@ from bimamba.ops.conv1d import ACTIVATIONS, MAX_WIDTH, depthwise_conv1d
 from bimamba.ops.entrance import watched
 from bimamba.ops.gated_norm import rms_norm_gated
 from bimamba.ops.ssd import bimamba_chunk_scan_combined, choose_backend, mamba_chunk_scan_combined
+from bimamba.ops.ssd.api import allow_tf32
 
 INF = float("inf")
 
@@ -168,7 +169,7 @@ class _Mamba2(nn.Module):
             eps=self.norm.eps,
             norm_before_gate=self.norm.norm_before_gate,
             group_size=self.norm.group_size,
-            allow_tf32=torch.get_float32_matmul_precision() != "highest",
+            allow_tf32=allow_tf32(),
         )
         parameters = Parameters(
             conv_weight=self.conv1d.weight.squeeze(1),

@@ -9,7 +9,7 @@ from ..backend import choose_backend
 from .reference import ACTIVATIONS, conv1d_reference
 
 BACKENDS = ("auto", "triton", "torch")
-MAX_WIDTH = 16  # of the kernels, which unroll the taps
+MAX_WIDTH = 9  # of the kernels, which unroll the taps
 MAX_PARTS = 5
 
 

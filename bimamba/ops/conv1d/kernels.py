@@ -13,6 +13,8 @@ from torch import Tensor
 from ..launch import launch
 
 BLOCK_L, BLOCK_D = 64, 64
+# The gradient sums over rows in registers: few rows a step, so that a sum for each tap fits
+GRAD_L, GRAD_PROGRAMS = 16, 2048
 
 
 @triton.jit
@@ -173,7 +175,6 @@ def conv_grad_kernel(
     """dv, the gradient before the activation, and the sums of weight and bias over STEPS blocks of rows."""
     BLOCKS = _blocks(D_0, D_1, D_2, D_3, D_4, COLUMNS)
     D: tl.constexpr = D_0 + D_1 + D_2 + D_3 + D_4
-    LINES: tl.constexpr = 16 if WIDTH >= 8 else 8
     pid = tl.program_id(0)
     i_d = pid % BLOCKS
     pid //= BLOCKS
@@ -187,9 +188,18 @@ def conv_grad_kernel(
     p_mask = mask + i_b * L if HAS_MASK else mask
     p_seq = seq + i_b * L if HAS_SEQ else seq
     b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros((COLUMNS,), tl.float32)
-    # A line a tap, and one for the bias
-    line = tl.arange(0, LINES)[:, None]
-    acc = tl.zeros((LINES, COLUMNS), tl.float32)
+    # Sums stay apart by row until the end: a reduction for every tap and step would cost more than all the rest
+    zeros = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sum_0 = zeros
+    sum_1 = zeros
+    sum_2 = zeros
+    sum_3 = zeros
+    sum_4 = zeros
+    sum_5 = zeros
+    sum_6 = zeros
+    sum_7 = zeros
+    sum_8 = zeros
+    sum_bias = zeros
     for step in range(STEPS):
         r = (i_split * STEPS + step) * ROWS + tl.arange(0, ROWS)
         m = (r < L)[:, None] & m_c[None, :]
@@ -203,13 +213,43 @@ def conv_grad_kernel(
             sigmoid = 1.0 / (1.0 + tl.exp(-v))
             g *= sigmoid * (1.0 + v * (1.0 - sigmoid))
         tl.store(dv + (i_b * L + r)[:, None] * D + o_c[None, :], g.to(dv.dtype.element_ty), mask=m)
-        for k in tl.static_range(WIDTH):
-            t = _tap(p_x, r, k - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-            acc += tl.where(line == k, tl.sum(t * g, 0)[None, :], 0.0)
+        sum_0 += g * _tap(p_x, r, 0 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
+        sum_1 += g * _tap(p_x, r, 1 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
+        if WIDTH > 2:
+            sum_2 += g * _tap(p_x, r, 2 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
+        if WIDTH > 3:
+            sum_3 += g * _tap(p_x, r, 3 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
+        if WIDTH > 4:
+            sum_4 += g * _tap(p_x, r, 4 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
+        if WIDTH > 5:
+            sum_5 += g * _tap(p_x, r, 5 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
+        if WIDTH > 6:
+            sum_6 += g * _tap(p_x, r, 6 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
+        if WIDTH > 7:
+            sum_7 += g * _tap(p_x, r, 7 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
+        if WIDTH > 8:
+            sum_8 += g * _tap(p_x, r, 8 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
         if HAS_BIAS:
-            acc += tl.where(line == WIDTH, tl.sum(g, 0)[None, :], 0.0)
-    p_sums = sums + (i_b * SPLITS + i_split) * (WIDTH + 1) * D
-    tl.store(p_sums + line * D + o_c[None, :], acc, mask=(line <= WIDTH) & m_c[None, :])
+            sum_bias += g
+    p_sums = sums + (i_b * SPLITS + i_split) * (WIDTH + 1) * D + o_c
+    tl.store(p_sums + 0 * D, tl.sum(sum_0, 0), mask=m_c)
+    tl.store(p_sums + 1 * D, tl.sum(sum_1, 0), mask=m_c)
+    if WIDTH > 2:
+        tl.store(p_sums + 2 * D, tl.sum(sum_2, 0), mask=m_c)
+    if WIDTH > 3:
+        tl.store(p_sums + 3 * D, tl.sum(sum_3, 0), mask=m_c)
+    if WIDTH > 4:
+        tl.store(p_sums + 4 * D, tl.sum(sum_4, 0), mask=m_c)
+    if WIDTH > 5:
+        tl.store(p_sums + 5 * D, tl.sum(sum_5, 0), mask=m_c)
+    if WIDTH > 6:
+        tl.store(p_sums + 6 * D, tl.sum(sum_6, 0), mask=m_c)
+    if WIDTH > 7:
+        tl.store(p_sums + 7 * D, tl.sum(sum_7, 0), mask=m_c)
+    if WIDTH > 8:
+        tl.store(p_sums + 8 * D, tl.sum(sum_8, 0), mask=m_c)
+    if HAS_BIAS:
+        tl.store(p_sums + WIDTH * D, tl.sum(sum_bias, 0), mask=m_c)
 
 
 @triton.jit(do_not_specialize=["L"])
@@ -317,8 +357,8 @@ def conv_backward(
     b, l, d = x.shape
     width = weight.shape[1]
     dv = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
-    blocks = triton.cdiv(l, BLOCK_L)
-    splits = min(blocks, max(1, 256 // b))
+    blocks = triton.cdiv(l, GRAD_L)
+    splits = min(blocks, max(1, GRAD_PROGRAMS // (b * _count([dy.shape[2] for dy in dys]))))
     steps = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, steps)
     sums = torch.empty((b * splits, width + 1, d), dtype=torch.float32, device=x.device)
@@ -327,7 +367,6 @@ def conv_backward(
         LEFT=left,
         HAS_MASK=mask is not None,
         HAS_SEQ=seq_idx is not None,
-        ROWS=BLOCK_L,
         COLUMNS=BLOCK_D,
         num_warps=4,
     )
@@ -351,11 +390,12 @@ def conv_backward(
         **_sizes(split),
         ACTIVATE=activate,
         HAS_BIAS=bias is not None,
+        ROWS=GRAD_L,
         **common,
     )
     launch(
         conv_transposed_kernel,
-        b * blocks * triton.cdiv(d, BLOCK_D),
+        b * triton.cdiv(l, BLOCK_L) * triton.cdiv(d, BLOCK_D),
         x.device,
         dv=dv,
         weight=weight,
@@ -365,6 +405,7 @@ def conv_backward(
         L=l,
         STRIDE=dx.stride(1),
         D=d,
+        ROWS=BLOCK_L,
         **common,
     )
     total = sums.sum(0)

@@ -20,6 +20,7 @@ def rms_norm_gated(
     norm_before_gate: bool = True,
     group_size: int | None = None,
     backend: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`RMSNorm(y) * SiLU(z)`, or `RMSNorm(y * SiLU(z))` with `norm_before_gate=False`; computed in float32 at least.
 
@@ -29,9 +30,10 @@ def rms_norm_gated(
             for the norm; Dao and Gu 2024, arXiv:2405.21060, for gate and groups).
         backend: "auto" (Triton on GPUs that have it, else torch), "triton" or "torch"; `BIMAMBA_BACKEND` replaces
             "auto".
+        dtype: of the result.
 
     Returns:
-        `(..., d)` in the dtype of `y`.
+        `(..., d)` in `dtype`, by default that of `y`.
 
     Raises:
         ValueError: shapes that do not fit, or `d` is not a multiple of `group_size`.
@@ -51,7 +53,7 @@ def rms_norm_gated(
         return f"the norm's kernels take groups up to {MAX_GROUP} channels, got {size}" if size > MAX_GROUP else None
 
     if choose_backend(y, backend, BACKENDS, refusal) == "torch":
-        return rms_norm_gated_reference(y, z, weight, eps, norm_before_gate, size)
+        return rms_norm_gated_reference(y, z, weight, eps, norm_before_gate, size).to(dtype or y.dtype)
     from .binding import gated_norm
 
-    return gated_norm(y, z, weight, eps, norm_before_gate, size)
+    return gated_norm(y, z, weight, eps, norm_before_gate, size, dtype)

@@ -10,7 +10,8 @@ from .kernels import norm_backward, norm_forward
 
 _library = torch.library.Library("bimamba", "FRAGMENT")
 _library.define(
-    "gated_norm(Tensor y, Tensor? z, Tensor weight, float eps, bool norm_before_gate, int group_size) -> Tensor",
+    "gated_norm(Tensor y, Tensor? z, Tensor weight, float eps, bool norm_before_gate, int group_size, "
+    "ScalarType? dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -21,10 +22,16 @@ _library.define(
 
 
 def gated_norm(
-    y: Tensor, z: Tensor | None, weight: Tensor, eps: float, norm_before_gate: bool, group_size: int
+    y: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    norm_before_gate: bool,
+    group_size: int,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """See `api.rms_norm_gated`."""
-    args = (y, z, weight, eps, norm_before_gate, group_size)
+    args = (y, z, weight, eps, norm_before_gate, group_size, dtype)
     return enter(torch.ops.bimamba.gated_norm.default, _GatedNorm, _forward, *args)
 
 
@@ -36,19 +43,19 @@ def rows(t: Tensor | None) -> Tensor | None:
     return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
-def _forward(y, z, weight, eps, norm_before_gate, group_size):
-    return norm_forward(rows(y.contiguous()), rows(z), weight, eps, norm_before_gate, group_size).view(y.shape)
+def _forward(y, z, weight, eps, norm_before_gate, group_size, dtype):
+    return norm_forward(rows(y.contiguous()), rows(z), weight, eps, norm_before_gate, group_size, dtype).view(y.shape)
 
 
 def _backward(dout, y, z, weight, eps, norm_before_gate, group_size):
     dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    tensors = (rows(dout.to(y.dtype).contiguous()), rows(y.contiguous()), rows(z), weight)
+    tensors = (rows(dout.contiguous()), rows(y.contiguous()), rows(z), weight)
     dy, dweight, _ = norm_backward(*tensors, eps, norm_before_gate, group_size, dz=rows(dz))
     return dy.view(y.shape), y.new_empty(0) if dz is None else dz, dweight.to(weight.dtype)
 
 
-def _forward_fake(y, z, weight, eps, norm_before_gate, group_size):
-    return y.new_empty(y.shape)
+def _forward_fake(y, z, weight, eps, norm_before_gate, group_size, dtype):
+    return y.new_empty(y.shape, dtype=dtype)
 
 
 def _backward_fake(dout, y, z, weight, eps, norm_before_gate, group_size):
@@ -71,14 +78,14 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3])
-        ctx.flags = inputs[3:]
+        ctx.flags = inputs[3:6]
 
     @staticmethod
     def backward(ctx, dout):
         saved = ctx.saved_tensors  # once: checkpointing unpacks anew at every look
         args = (dout, *saved, *ctx.flags)
         dy, dz, dweight = below_autograd(torch.ops.bimamba.gated_norm_backward.default, _backward, *args)
-        return dy, dz if saved[1] is not None else None, dweight, None, None, None
+        return dy, dz if saved[1] is not None else None, dweight, None, None, None, None
 
 
 differentiable(_library, torch.ops.bimamba.gated_norm.default, _GatedNorm)

@@ -79,7 +79,7 @@ def norm_grad_kernel(
     o_c = (pid % (D // GROUP)) * GROUP + o
     m_c = (o < GROUP)[None, :]
     w = tl.load(weight + o_c[None, :], mask=m_c, other=0.0).to(tl.float32)
-    dw = tl.zeros((COLUMNS,), tl.float32)
+    dw = tl.zeros((ROWS, COLUMNS), tl.float32)  # summed over the rows at the end
     for step in range(STEPS):
         r = (i_part.to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         m = (r < M)[:, None] & m_c
@@ -105,7 +105,7 @@ def norm_grad_kernel(
         if GATED:
             if NORM_FIRST:
                 dn = g * gate
-        dw += tl.sum(dn * n, 0)
+        dw += dn * n
         dn *= w
         dv = (dn - n * (tl.sum(dn * n, 1) / GROUP)[:, None]) * scale
         if GATED:
@@ -117,15 +117,21 @@ def norm_grad_kernel(
             b_dz = dgate * sigmoid * (1.0 + b_z * (1.0 - sigmoid))
             tl.store(dz + r[:, None] * STRIDE_DZ + o_c[None, :], b_dz.to(dz.dtype.element_ty), mask=m)
         tl.store(dy + o_m, dv.to(dy.dtype.element_ty), mask=m)
-    tl.store(sums + i_part.to(tl.int64) * D + o_c, dw, mask=o < GROUP)
+    tl.store(sums + i_part.to(tl.int64) * D + o_c, tl.sum(dw, 0), mask=o < GROUP)
 
 
 def norm_forward(
-    y: Tensor, z: Tensor | None, weight: Tensor, eps: float, norm_before_gate: bool, group_size: int
+    y: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    norm_before_gate: bool,
+    group_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`(m, d)`; y `(m, d)` contiguous, z `(m, d)` with channels side by side."""
+    """`(m, d)` in `dtype`, by default that of y; y `(m, d)` contiguous, z `(m, d)` with channels side by side."""
     m, d = y.shape
-    out = torch.empty_like(y)
+    out = torch.empty_like(y, dtype=dtype)
     shape = _shape(group_size)
     launch(
         norm_kernel,

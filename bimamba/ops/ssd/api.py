@@ -184,20 +184,25 @@ def _scan(
     return ssd_chunked(x, forward, backward, chunk_size=q, return_final_states=return_final_states, **options)
 
 
+@torch.compiler.assume_constant_result  # some versions of Dynamo cannot trace it
+def allow_tf32() -> bool:
+    """Whether products of float32 may be TF32, by `torch.set_float32_matmul_precision`."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def _triton(x: Tensor, forward: Direction, backward: Direction | None, *, initial_states, **options):
     from . import binding
 
     own: dict[str, Any] = {}
     if backward is not None and backward is not forward:
         own = {f"{name}_back": value for name, value in backward._asdict().items()}
-    allow_tf32 = torch.get_float32_matmul_precision() != "highest"
     return binding.chunk_scan(
         x,
         **forward._asdict(),
         **own,
         initial_states=initial_states,
         bidirectional=backward is not None,
-        allow_tf32=allow_tf32,
+        allow_tf32=allow_tf32(),
         **options,
     )
 

@@ -99,7 +99,7 @@ def test_opcheck():
     from bimamba.ops.gated_norm import binding as _  # noqa: F401
 
     torch.library.opcheck(torch.ops.bimamba.conv1d.default, (x, weight, bias, mask, None, True, False, [16, 4]))
-    args = (x, x.detach().clone().requires_grad_(), bias, 1e-5, True, 10)
+    args = (x, x.detach().clone().requires_grad_(), bias, 1e-5, True, 10, torch.bfloat16)
     torch.library.opcheck(torch.ops.bimamba.gated_norm.default, args)
 
 
@@ -110,7 +110,7 @@ def test_opcheck():
         (lambda x, w: depthwise_conv1d(x, w, mask=torch.ones(1, 5)), "mask: expected dtype bool"),
         (lambda x, w: depthwise_conv1d(x, w, bias=torch.ones(3)), "bias: expected shape"),
         (lambda x, w: depthwise_conv1d(x, w, backend="fast"), "backend: expected one of"),
-        (lambda x, w: depthwise_conv1d(x, torch.ones(4, 40), backend="triton"), "widths up to 16, got 40"),
+        (lambda x, w: depthwise_conv1d(x, torch.ones(4, 40), backend="triton"), "widths up to 9, got 40"),
         (lambda x, w: rms_norm_gated(x, x[..., :2], torch.ones(4)), "z: expected the shape of y"),
         (lambda x, w: rms_norm_gated(x, x, torch.ones(3)), "weight: expected shape"),
         (lambda x, w: rms_norm_gated(x, x, torch.ones(4), group_size=3), "group_size: expected a divisor of 4"),
@@ -119,3 +119,16 @@ def test_opcheck():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(1, 5, 4), torch.ones(4, 3))
+
+
+def test_norm_in_another_dtype():
+    y, weight = draw(3, 5, 16), draw(16, seed=1)
+    got = rms_norm_gated(y, None, weight, backend="triton", dtype=torch.float16)
+    expected = rms_norm_gated(y, None, weight, backend="torch")
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float(), expected, rtol=1e-3, atol=1e-3)
+    y.requires_grad_()
+    dy = torch.autograd.grad(rms_norm_gated(y, None, weight, backend="triton", dtype=torch.float16).float().sum(), y)[0]
+    expected = torch.autograd.grad(rms_norm_gated(y, None, weight, backend="torch").sum(), y)[0]
+    assert dy.dtype == torch.float32
+    torch.testing.assert_close(dy, expected, rtol=1e-5, atol=1e-5)

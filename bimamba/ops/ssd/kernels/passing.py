@@ -78,9 +78,10 @@ def passing_kernel(
         i_c = i + back * (CHUNKS - 1 - 2 * i)
         p_c = p_state + i_c.to(tl.int64) * (SLOTS * H * DIRECTIONS * P2 * N2)
         own_state = tl.load(p_c).to(tl.float32)
-        total = tl.load(p_row + i_c * K + K - 1)
+        # As vectors of one: the pipeliner leaves scalars where they stand, and their latency is all that counts here
+        total = tl.load(p_row + i_c * K + K - 1 + tl.arange(0, 1))
         if HALVES == 2:
-            total += tl.load(p_row + i_c * K + Q - 1)
+            total += tl.load(p_row + i_c * K + Q - 1 + tl.arange(0, 1))
         cross = tl.exp2(total)
         if HAS_SEQ:
             id_left = sequence_id(p_seq, i_c * K, L)
