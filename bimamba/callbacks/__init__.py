@@ -9,7 +9,7 @@ from .gradient_norm import GradientNorm
 from .health import NumericalHealth
 from .interrupt import SaveOnInterrupt
 from .learning_curves import LearningCurves
-from .model_size import ModelSize
+from .model_size import ModelSize, NetworkSummary
 from .save_predictions import SavePredictions
 from .throughput import Throughput
 
@@ -23,6 +23,7 @@ __all__ = [
     "GradientNorm",
     "LearningCurves",
     "ModelSize",
+    "NetworkSummary",
     "NumericalHealth",
     "SaveOnInterrupt",
     "SavePredictions",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichModelSummary
 
 
 class ModelSize(Callback):
@@ -22,3 +25,14 @@ class ModelSize(Callback):
             return
         for logger in trainer.loggers:
             logger.log_metrics(self._counts, step=trainer.global_step)
+
+
+class NetworkSummary(RichModelSummary):
+    """Lightning's table of modules, of the network alone: a task's losses and metrics would be most of its rows."""
+
+    @staticmethod
+    def summarize(summary_data: list[tuple[str, list[str]]], *args: Any, **kwargs: Any) -> None:
+        names = dict(summary_data)["Name"]
+        rows = [i for i, name in enumerate(names) if name.split(".")[0] == "net"] or list(range(len(names)))
+        kept = [(column, [values[i] for i in rows]) for column, values in summary_data]
+        RichModelSummary.summarize(kept, *args, **kwargs)

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from PIL import Image
+from torchmetrics import MeanMetric
 
 from bimamba import plots
-from bimamba.callbacks import ExamplePredictions, GradientNorm, LearningCurves, Throughput
+from bimamba.callbacks import ExamplePredictions, GradientNorm, LearningCurves, NetworkSummary, Throughput
 from bimamba.predictions import decide, prediction_table
 from bimamba.spec import DataSpec
 
@@ -141,3 +143,17 @@ def test_the_other_plots_are_drawn(tmp_path):
     for i, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{i}.png")
         assert (tmp_path / f"{i}.png").stat().st_size > 5000
+
+
+def test_the_summary_is_of_the_network_alone(capsys):
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(3, 2))
+            self.train_loss = MeanMetric()
+
+    trainer = SimpleNamespace(is_global_zero=True, strategy=None, world_size=1)
+    NetworkSummary(max_depth=2).on_fit_start(trainer, Module())
+    said = capsys.readouterr().out
+    assert "net.0" in said and "Linear" in said and "MeanMetric" not in said
+    assert "Trainable params: 8" in said
