@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba.nn.embedding import Positions, expect_kind
+from bimamba.nn.norm import RMSNorm
 from bimamba.spec import DataSpec
 
 
@@ -48,12 +47,12 @@ class PixelConvEmbedding(nn.Module):
         channels, height, width = spec.image_shape
         self.stride = stride
         self.conv1 = nn.Conv1d(channels, hidden, kernel_size, padding=kernel_size // 2)
-        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.norm = RMSNorm(hidden, cast=True)
         self.conv2 = nn.Conv1d(hidden, d_model, kernel_size, padding=kernel_size // 2, stride=stride)
         self.positions = Positions(positions, d_model, -(-height * width // stride))
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = F.gelu(_normed(_conv1d(inputs.flatten(2).transpose(1, 2), self.conv1), self.norm))
+        x = F.gelu(self.norm(_conv1d(inputs.flatten(2).transpose(1, 2), self.conv1)))
         return self.positions(_conv1d(x, self.conv2))
 
 
@@ -63,11 +62,6 @@ def _conv1d(x: Tensor, conv: nn.Conv1d) -> Tensor:
     x = x.transpose(1, 2)[:, :, None]  # b c 1 l
     y = F.conv2d(x, conv.weight[:, :, None], conv.bias, (1, conv.stride[0]), (0, int(conv.padding[0])))
     return y.squeeze(2).transpose(1, 2)
-
-
-def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """The norm in the dtype of x: under autocast a weight of another dtype costs the fused kernel."""
-    return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.eps)
 
 
 class ConvStem(nn.Module):
@@ -113,13 +107,13 @@ class ConvStem(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride, padding=1) for a, b, stride in zip(sizes[:-1], sizes[1:], strides, strict=True)
         )
-        self.norms = nn.ModuleList(nn.RMSNorm(size, eps=1e-5) for size in channels)
+        self.norms = nn.ModuleList(RMSNorm(size, cast=True) for size in channels)
         self.positions = Positions(positions, d_model, self.grid[0] * self.grid[1])
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         x = inputs.permute(0, 2, 3, 1)  # b h w c: channels last for convolution and norm
         for i, conv in enumerate(self.convs):
             if i:
-                x = F.gelu(_normed(x, cast(nn.RMSNorm, self.norms[i - 1])))
+                x = F.gelu(self.norms[i - 1](x))
             x = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.positions(x.flatten(1, 2))
