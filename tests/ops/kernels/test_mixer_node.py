@@ -95,3 +95,16 @@ def test_node_keeps_the_projection_alone():
     own = {p.data_ptr() for p in module.parameters()} | {u.data_ptr()}
     activations = [t for t in kept if t.data_ptr() not in own and t.numel() > 500]
     assert [tuple(t.shape) for t in activations] == [(2, L, module.in_proj.out_features)]
+
+
+def test_columns_behind_the_projection_change_nothing():
+    """On GPUs the projection is padded to whole rows of 16 bytes."""
+    torch.manual_seed(0)
+    layer = BiMamba2(16, headdim=8, d_state=8, use_mem_eff_path=True).to(DEVICE)
+    projected = torch.randn(2, 9, layer.in_proj.out_features, device=DEVICE, requires_grad=True)
+    padded = torch.nn.functional.pad(projected.detach(), (0, 4), value=7.0).requires_grad_()
+    for path in (layer._as_one_node, layer._after_projection):
+        y, again = path(projected, None, None), path(padded, None, None)
+        assert torch.equal(y, again)
+        (own,), (other,) = (torch.autograd.grad(t.square().sum(), p) for t, p in ((y, projected), (again, padded)))
+        assert torch.equal(own, other[..., :-4]) and not other[..., -4:].any()
