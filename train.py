@@ -166,8 +166,10 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 @rank_zero_only
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A readable JSON file."""
-    path.write_text(json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
+    """A readable JSON file, whole or not there."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
+    part.replace(path)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")

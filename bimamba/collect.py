@@ -87,13 +87,20 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             elif not (run / "metrics.json").is_file():
                 unfinished.append(str(path.parent))
             else:
-                runs[run] = Run(path.parent, config, json.loads((run / "metrics.json").read_text()))
+                runs[run] = Run(path.parent, config, _metrics(run / "metrics.json"))
     notes = [f"left out, not finished: {', '.join(unfinished)}"] if unfinished else []
     if not runs:
         found = [f"{n} of stage {stage}" for stage, n in other.items()] + [f"{len(unfinished)} not finished"]
         what = f"there are {', '.join(found)}" if other or unfinished else "there is no config.yaml of a run"
         raise ValueError(f"no finished training in {', '.join(map(str, folders))}: {what}")
     return list(runs.values()), notes
+
+
+def _metrics(path: Path) -> dict[str, float]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); run it again, or move its folder away") from error
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -114,6 +114,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
             ["one", "--metric", "test/auroc"],
             "test/auroc: 1 of 1 runs have no such number, .*all have test/mcc, val/mcc",
         ),
+        (["cut"], r"metrics\.json is damaged"),
         (["broken"], "test/mcc: 1 of 1 runs have no such number"),
         (["one", "--by", "model.dept"], "--by model.dept: no such key"),
         (["one", "--resamples", "0"], "--resamples: expected at least 1, got 0"),
@@ -125,6 +126,9 @@ def test_bad_inputs(tmp_path, arguments, message):
     fake(tmp_path / "one", "a", 0.5)
     fake(tmp_path / "other", "a", 0.5, task_name="promoters")
     fake(tmp_path / "broken", "a", float("nan"))
+    fake(tmp_path / "cut", "a", 0.5)
+    (metrics,) = (tmp_path / "cut").rglob("metrics.json")
+    metrics.write_text(metrics.read_text()[:-5])
     arguments = [str(tmp_path / a) if (tmp_path / a).exists() or a == "nowhere" else a for a in arguments]
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         main(arguments)
