@@ -6,8 +6,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One worker a core: more threads would only wait for each other. And where a test forks, OpenMP's threads of the parent
+# do not exist in the child, which then waits for them for ever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
