@@ -98,8 +98,8 @@ class SaveOnInterrupt(Checkpoint):
             f"Stopped at step {trainer.global_step} (epoch {trainer.current_epoch}). Saved {self.path}\n"
             f"Go on with:  python train.py ckpt_path={_quoted(self.path)}"
         )
-        if told == getattr(signal, REQUEUE, None):
-            self._before[signal.Signals(told)](told, None)  # of the first process: queues the job and ends this process
+        if told == getattr(signal, REQUEUE, None) and callable(handler := self._before.get(signal.Signals(told))):
+            handler(told, None)  # submitit's, in the first process: queues the job, and ends this process
         raise Stopped(128 + told)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
