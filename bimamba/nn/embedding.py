@@ -99,7 +99,8 @@ class PatchEmbedding(nn.Module):
         self.positions = Positions(positions, d_model, height * width // patch_size**2)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.positions(self.proj(inputs).flatten(2).transpose(1, 2))
+        # contiguous: all that is added to the stream behind it keeps its strides
+        return self.positions(self.proj(inputs).flatten(2).transpose(1, 2).contiguous())
 
 
 class NucleotideEmbedding(nn.Module):

@@ -7,16 +7,13 @@ constants, and type and alignment of the run-time arguments. Under these it is r
 
 from __future__ import annotations
 
-import functools
 from operator import itemgetter
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton import knobs
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -24,15 +21,8 @@ from triton.runtime.jit import JITFunction
 def launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) -> None:
     """`kernel[(programs,)](**arguments)` on `device`, whichever is the current one.
 
-    Integer arguments must be constexpr or listed in `do_not_specialize`: their values are not looked at. A kernel that
-    takes `EARLY` starts with `start(EARLY)`, and is launched before its predecessor on the stream ends where the GPU
-    can.
+    Integer arguments must be constexpr or listed in `do_not_specialize`: their values are not looked at.
     """
-    if "EARLY" in kernel.arg_names:
-        early = _launches_early(device)
-        arguments["EARLY"] = early
-        if early:
-            arguments["launch_pdl"] = True
     if not isinstance(kernel, JITFunction) or device.type != "cuda":  # the interpreter; tests that only compile
         kernel[(programs,)](**arguments)
     elif device.index == driver.active.get_current_device():
@@ -110,21 +100,6 @@ def _kind(value: Any) -> Any:
 def _watched() -> bool:
     """Whether a profiler wants to see launches."""
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
-
-
-@triton.jit
-def start(EARLY: tl.constexpr):
-    """First call of a kernel launched early: all that it reads or writes must come after it. Until the last programs of
-    the kernel before have ended, this one's fill the multiprocessors that it has left (programmatic dependent launch of
-    compute capability 9.0: 2-3 us of every launch)."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-
-
-@functools.cache
-def _launches_early(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

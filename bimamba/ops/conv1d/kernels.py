@@ -113,6 +113,7 @@ def conv_kernel(
 ):
     """y, in parts of D_0 .. D_4 channels, each cut into blocks of COLUMNS."""
     BLOCKS = _blocks(D_0, D_1, D_2, D_3, D_4, COLUMNS)
+    D: tl.constexpr = D_0 + D_1 + D_2 + D_3 + D_4
     pid = tl.program_id(0)
     i_d = pid % BLOCKS
     pid //= BLOCKS
@@ -132,7 +133,7 @@ def conv_kernel(
     if HAS_BIAS:
         acc += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(WIDTH):
-        w = tl.load(weight + o_c * WIDTH + k, mask=m_c, other=0.0).to(tl.float32)
+        w = tl.load(weight + k * D + o_c, mask=m_c, other=0.0).to(tl.float32)
         acc += _tap(p_x, r, k - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ) * w[None, :]
     if ACTIVATE:
         acc = acc / (1.0 + tl.exp(-acc))
@@ -208,7 +209,7 @@ def conv_grad_kernel(
         if ACTIVATE:
             v = tl.zeros((ROWS, COLUMNS), tl.float32) + b_bias[None, :]
             for k in tl.static_range(WIDTH):
-                w = tl.load(weight + o_c * WIDTH + k, mask=m_c, other=0.0).to(tl.float32)
+                w = tl.load(weight + k * D + o_c, mask=m_c, other=0.0).to(tl.float32)
                 v += _tap(p_x, r, k - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ) * w[None, :]
             sigmoid = 1.0 / (1.0 + tl.exp(-v))
             g *= sigmoid * (1.0 + v * (1.0 - sigmoid))
@@ -282,7 +283,7 @@ def conv_transposed_kernel(
     ids = tl.load(p_seq + r, mask=r < L, other=-1) if HAS_SEQ else r
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in tl.static_range(WIDTH):
-        w = tl.load(weight + o_c * WIDTH + k, mask=m_c, other=0.0).to(tl.float32)
+        w = tl.load(weight + k * D + o_c, mask=m_c, other=0.0).to(tl.float32)
         acc += _tap(dv + i_b * L * D, r, LEFT - k, o_c, m_c, ids, mask, p_seq, L, D, False, HAS_SEQ) * w[None, :]
     if HAS_MASK:
         acc = tl.where((tl.load(mask + i_b * L + r, mask=r < L, other=0) != 0)[:, None], acc, 0.0)
@@ -300,6 +301,11 @@ def _sizes(split: list[int]) -> dict[str, int]:
 
 def _count(split: list[int]) -> int:
     return sum(triton.cdiv(size, BLOCK_D) for size in split)
+
+
+def _by_taps(weight: Tensor) -> Tensor:
+    """`(width, d)`: with the taps innermost every weight would be a load of its own, and those the kernels' bound."""
+    return weight.t().contiguous()
 
 
 def conv_forward(
@@ -321,7 +327,7 @@ def conv_forward(
         b * triton.cdiv(l, BLOCK_L) * _count(split),
         x.device,
         x=x,
-        weight=weight,
+        weight=_by_taps(weight),
         bias=bias,
         mask=mask,
         seq=seq_idx,
@@ -370,13 +376,14 @@ def conv_backward(
         COLUMNS=BLOCK_D,
         num_warps=4,
     )
+    by_taps = _by_taps(weight)
     split = [dy.shape[2] for dy in dys]
     launch(
         conv_grad_kernel,
         b * splits * _count(split),
         x.device,
         x=x,
-        weight=weight,
+        weight=by_taps,
         bias=bias,
         mask=mask,
         seq=seq_idx,
@@ -398,7 +405,7 @@ def conv_backward(
         b * triton.cdiv(l, BLOCK_L) * triton.cdiv(d, BLOCK_D),
         x.device,
         dv=dv,
-        weight=weight,
+        weight=by_taps,
         mask=mask,
         seq=seq_idx,
         dx=dx,

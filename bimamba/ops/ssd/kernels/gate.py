@@ -5,12 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch, start
+from bimamba.ops.launch import launch
 
 
 @triton.jit(do_not_specialize=["size"])
-def grad_gate_kernel(dy, ungated, z, du, dz, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    start(EARLY)
+def grad_gate_kernel(dy, ungated, z, du, dz, size, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     b_dy = tl.load(dy + o, mask=m, other=0.0).to(tl.float32)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch, start
+from bimamba.ops.launch import launch
 
 from .choose import Config, Problem
 from .common import (
@@ -75,9 +75,7 @@ def grad_bc_kernel(
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    start(EARLY)
     BLOCKS_P: tl.constexpr = P2 // BLOCK_P
     BLOCKS_N: tl.constexpr = N2 // BLOCK_N
     BOTH: tl.constexpr = FORWARD and BACKWARD

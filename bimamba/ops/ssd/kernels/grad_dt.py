@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch, start
+from bimamba.ops.launch import launch
 
 from .choose import Config, Problem
 from .common import ROW_LINES, softplus
@@ -49,9 +49,7 @@ def grad_dt_kernel(
     SOFTPLUS: tl.constexpr,
     LIMITED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    start(EARLY)
     LINES: tl.constexpr = 4 + 2 * BLOCKS_N
     HEAD_BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     pid = tl.program_id(0)

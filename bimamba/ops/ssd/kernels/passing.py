@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch, start
+from bimamba.ops.launch import launch
 
 from .choose import Config, Problem
 from .common import ROW_LINES, sequence_id
@@ -42,9 +42,7 @@ def passing_kernel(
     HAS_ENTER: tl.constexpr,
     HAS_LEAVE: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    start(EARLY)
     BLOCKS: tl.constexpr = P2 * N2 // BLOCK
     SETS: tl.constexpr = 2 if UNTIED else 1
     K: tl.constexpr = Q * HALVES

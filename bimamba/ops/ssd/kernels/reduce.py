@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch, start
+from bimamba.ops.launch import launch
 
 
 @triton.jit(do_not_specialize=["size", "per_row"])
@@ -23,9 +23,7 @@ def reduce_kernel(
     STEP_SECOND: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    start(EARLY)
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o % per_row
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -80,9 +78,7 @@ def total_kernel(
     WIDTH_D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    start(EARLY)
     BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     which = pid // BLOCKS  # 0: dA, 1: dbias, then dD

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch, start
+from bimamba.ops.launch import launch
 
 from .choose import Config, Problem
 from .common import LOG2E, ROW_LINES, load_tile, sequence_id, sequence_ids, step_size, store_state
@@ -74,9 +74,7 @@ def states_kernel(
     TMA: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    start(EARLY)
     BLOCKS_P: tl.constexpr = P2 // BLOCK_P
     BLOCKS_N: tl.constexpr = N2 // BLOCK_N
     SETS: tl.constexpr = 2 if UNTIED else 1
