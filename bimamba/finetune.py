@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Options that change neither the weights' meaning nor what a trained model computes: pretraining and fine-tuning may
-# differ in them. Pooling and positions start anew where they differ.
+# differ in them; a network that has learned one strand may read both. Pooling and positions start anew where they
+# differ.
 FREE = re.compile(
     r"(_target_|pooling|embedding\.positions|checkpoint_blocks|(\w+_)?dropout|drop_path|layer_scale|pretrained|freeze"
-    r"|mixer\.(dt_min|dt_max|dt_init_floor|conv_init|A_init_range|chunk_size|use_mem_eff_path|dropout)"
+    r"|rc_equivariant|mixer\.(dt_min|dt_max|dt_init_floor|conv_init|A_init_range|chunk_size|use_mem_eff_path|dropout)"
     r"|.*\._(partial|convert|recursive)_)(\..*)?"
 )
 POSITIONS = "embedding.positions.table"

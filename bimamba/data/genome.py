@@ -16,9 +16,10 @@ from bimamba.data.datamodule import ClassificationDataModule
 from bimamba.data.fasta_index import IndexedFasta
 from bimamba.data.images import cores
 from bimamba.data.records import SPLITS, Records, required_path
-from bimamba.data.sequences import DNA, check_alphabet
+from bimamba.data.sequences import check_alphabet
 from bimamba.data.windows import MaskedWindows, Masking, Windows
 from bimamba.spec import DataSpec
+from bimamba.strands import DNA
 
 BLOCK = 64  # windows that stay in one split: neighbours resemble each other (repeats, composition)
 FEW = 10_000  # windows, below which loader processes cost more than they save

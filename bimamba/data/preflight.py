@@ -15,7 +15,8 @@ from rich.table import Table
 
 from bimamba.data.images import CachedImages
 from bimamba.data.records import SPLITS
-from bimamba.data.sequences import TokenRows, complement_tokens, is_dna
+from bimamba.data.sequences import TokenRows
+from bimamba.strands import complement_tokens, is_dna
 
 if TYPE_CHECKING:
     from bimamba.data.datamodule import ClassificationDataModule

@@ -13,8 +13,9 @@ from bimamba.data.collate import Batch, packing_in
 from bimamba.data.datamodule import ClassificationDataModule
 from bimamba.data.labels import LabelMap
 from bimamba.data.records import Records, Source
-from bimamba.data.sequences import DNA, TRUNCATE, TokenRows, check_alphabet, tokenise
+from bimamba.data.sequences import TRUNCATE, TokenRows, check_alphabet, tokenise
 from bimamba.spec import DataSpec
+from bimamba.strands import DNA
 
 
 class SequenceDataModule(ClassificationDataModule):

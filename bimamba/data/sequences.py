@@ -11,8 +11,8 @@ import torch
 
 from bimamba.data.collate import pack_rows, pad_rows
 from bimamba.packing import Packing
+from bimamba.strands import DNA, is_dna
 
-DNA = "ACGTN"
 TRUNCATE = ("none", "left", "right", "center")
 _COMPLEMENT = bytes.maketrans(b"ACGTUNRYSWKMBDHVacgtunryswkmbdhv", b"TGCAANYRSWMKVHDBtgcaanyrswmkvhdb")
 
@@ -183,23 +183,6 @@ def check_alphabet(alphabet: str) -> None:
         )
     if set(alphabet) == set("ACGT"):
         raise ValueError(f"data.alphabet: expected a last letter for unknown bases ({DNA!r}), got {alphabet!r}")
-
-
-def is_dna(alphabet: str) -> bool:
-    """True where a reverse complement makes sense: A, C, G, T and at most one more letter for unknowns."""
-    return set(alphabet) - {"N"} == set("ACGT")
-
-
-def complement_tokens(alphabet: str) -> torch.Tensor:
-    """Token id of the complement of every token id, uint8 `(len(alphabet) + 1,)`; padding stays padding.
-
-    Raises:
-        ValueError: the alphabet is not DNA.
-    """
-    if not is_dna(alphabet):
-        raise ValueError(f"a reverse complement needs a DNA alphabet ({DNA!r}), got {alphabet!r}")
-    pairs = {"A": "T", "C": "G", "G": "C", "T": "A", "N": "N"}
-    return torch.tensor([0, *(alphabet.index(pairs[c]) + 1 for c in alphabet)], dtype=torch.uint8)
 
 
 def token_table(alphabet: str) -> np.ndarray:

@@ -13,7 +13,8 @@ from bimamba.data.collate import Batch, collate
 from bimamba.data.fasta_index import IndexedFasta
 from bimamba.data.masking import STRAND, mask_tokens, uniform
 from bimamba.data.samplers import Draw
-from bimamba.data.sequences import complement_tokens, token_table
+from bimamba.data.sequences import token_table
+from bimamba.strands import complement_tokens
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,27 @@ from itertools import cycle
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bimamba.finetune import frozen_parts, load_pretrained
 from bimamba.hub import HubModel
-from bimamba.nn import BiMamba2, Block, ClassTokenPooling, MeanPooling, NucleotideEmbedding, PatchEmbedding, Pooling
+from bimamba.nn import (
+    BiMamba2,
+    Block,
+    ClassTokenPooling,
+    MeanPooling,
+    NucleotideEmbedding,
+    PatchEmbedding,
+    Pooling,
+    TokenPooling,
+)
 from bimamba.nn.norm import RMSNorm
 from bimamba.packing import Packing, packing_of
 from bimamba.pretrained import NOT_SAVED
 from bimamba.spec import DataSpec
+from bimamba.strands import PAIRS, both_strands, complement_tokens, turned
 
 SCAN_ORDERS = ("rows", "columns")
 
@@ -112,6 +123,11 @@ class Classifier(HubModel):
         spec: what the data is; decides the input's size, the vocabulary and the number of outputs.
         embedding: makes the embedding from `(spec, d_model)`; default patches for images, nucleotides for sequences.
         pooling: makes the pooling from `d_model`. head_dropout: before the last layer.
+        rc_equivariant: read a DNA sequence and its reverse complement by the same weights, so that neither strand is
+            preferred (the parameter sharing of Caduceus' RCPS, Schiff et al. 2024, arXiv:2403.03234: its two halves of
+            the channels are the two strands here, `d_model` channels each, and meet behind the last block). In
+            evaluation the logits do not change by reverse complement; with `TokenPooling` the features and the letters'
+            logits are equivariant. As many parameters as without, twice the time and activations.
         pretrained: folder, repository of the Hub or checkpoint to start from, see `bimamba.finetune.load_pretrained`.
         freeze: what does not learn, see `bimamba.finetune.frozen_parts`; it stays in evaluation mode, too.
         The others are the `Backbone`'s.
@@ -130,6 +146,8 @@ class Classifier(HubModel):
 
     pooling: Pooling
     embedding: nn.Module
+    complement: Tensor  # of each token id, where rc_equivariant
+    letters: Tensor  # number of each letter's complement, where an output a letter is, too
 
     def __init__(
         self,
@@ -147,12 +165,13 @@ class Classifier(HubModel):
         head_dropout: float = 0.0,
         checkpoint_blocks: bool = False,
         scan_order: Sequence[str] = ("rows",),
+        rc_equivariant: bool = False,
         pretrained: str | Path | None = None,
         freeze: str | int | None = None,
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__", "spec", *NOT_SAVED)}
         super().__init__()
-        self.spec, self.arguments = spec, arguments
+        self.spec, self.arguments, self.rc_equivariant = spec, arguments, rc_equivariant
         if embedding is None:
             embedding = arguments["embedding"] = PatchEmbedding if spec.kind == "image" else NucleotideEmbedding
         self.embedding = embedding(spec, d_model)
@@ -162,6 +181,8 @@ class Classifier(HubModel):
             d_model, depth, mixer, mlp, mlp_ratio, drop_path, layer_scale, dropout, checkpoint_blocks, scan_order, grid
         )
         self.head = Head(d_model, spec.num_outputs, head_dropout)
+        if rc_equivariant:
+            self._know_strands()
         if pretrained is not None:
             load_pretrained(self, pretrained)
         self.frozen = frozen_parts(self, freeze)
@@ -195,7 +216,11 @@ class Classifier(HubModel):
         Raises:
             ValueError: inputs of another shape than the spec's.
         """
-        return self.head(self.features(inputs, mask, seq_idx, bounds, order))
+        x = self.features(inputs, mask, seq_idx, bounds, order)
+        if not (self.rc_equivariant and isinstance(self.pooling, TokenPooling)):
+            return self.head(x)
+        own, other = x.chunk(2, dim=-1)
+        return (self.head(own) + self.head(other)[..., self.letters]) / 2
 
     def features(
         self,
@@ -205,16 +230,49 @@ class Classifier(HubModel):
         bounds: Tensor | None = None,
         order: Tensor | None = None,
     ) -> Tensor:
-        """The pooled vector before the head, `(b, d_model)`; packed: `(n, d_model)`."""
+        """The vector before the head, `(b, d_model)`; packed: `(n, d_model)`; of `TokenPooling` `(b, l, d_model)`.
+
+        With `rc_equivariant` the mean of both strands' vectors; of `TokenPooling` both, `(b, l, 2 d_model)`, token by
+        token: the reverse complement's are these in reverse order with the two halves exchanged.
+        """
         self._check(inputs, mask, seq_idx)
-        if seq_idx is None:
+        packing: Packing | None = None
+        if seq_idx is not None:
+            packing = packing_of(seq_idx, mask) if order is None or bounds is None else Packing(seq_idx, bounds, order)
+        if not self.rc_equivariant:
+            return self._features(inputs, mask, packing)
+        own, other = self._features(*both_strands(inputs, self.complement, mask, packing)).chunk(2)
+        if isinstance(self.pooling, TokenPooling):
+            return torch.cat([own, turned(other, mask, packing)], dim=-1)
+        return (own + other) / 2
+
+    def _features(self, inputs: Tensor, mask: Tensor | None, packing: Packing | None) -> Tensor:
+        if packing is None:
             x, mask, _ = self.pooling.insert(self.embedding(inputs, mask), mask)
             return self.pooling(self.backbone(x, mask), mask)
-        packing: Packing | None
-        packing = packing_of(seq_idx, mask) if order is None or bounds is None else Packing(seq_idx, bounds, order)
         x, mask, packing = self.pooling.insert(self.embedding(inputs, mask, packing), mask, packing)
         assert packing is not None  # a pooling keeps what it is given
         return self.pooling(self.backbone(x, mask, packing.seq_idx), mask, packing)
+
+    def _know_strands(self) -> None:
+        """What `rc_equivariant` needs: complements of token ids and, for an output a letter, of the classes."""
+        spec = self.spec
+        if spec.kind != "sequence":
+            raise ValueError(f"model.rc_equivariant: expected DNA sequences, got data of kind {spec.kind!r}")
+        try:
+            complement = complement_tokens(spec.letters).long()
+        except ValueError as error:
+            raise ValueError(f"model.rc_equivariant: {error}") from None
+        self.register_buffer("complement", complement, persistent=False)
+        if isinstance(self.pooling, TokenPooling):
+            names = spec.class_names
+            if not {PAIRS.get(name) for name in names} <= set(names):
+                raise ValueError(
+                    "model.rc_equivariant: an output a token needs classes that are letters with their complements "
+                    f"(A, C, G, T: pretraining), got {list(names)}"
+                )
+            letters = torch.tensor([names.index(PAIRS[name]) for name in names])
+            self.register_buffer("letters", letters, persistent=False)
 
     def _check(self, inputs: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:
         spec = self.spec

@@ -7,7 +7,8 @@ import torch
 
 from bimamba.data.augment import RandomSubstitution, ReverseComplement
 from bimamba.data.collate import pad_rows
-from bimamba.data.sequences import ByteRows, check_alphabet, complement_tokens, reverse_complement, tokenise
+from bimamba.data.sequences import ByteRows, check_alphabet, reverse_complement, tokenise
+from bimamba.strands import complement_tokens
 
 
 def where(row):
