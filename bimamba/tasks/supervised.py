@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, Metric
 
 from bimamba.packing import Packing
 from bimamba.spec import DataSpec
+from bimamba.strands import complement_tokens, other_strand
 from bimamba.tasks.base import Batch, Task
 from bimamba.tasks.losses import SampleLoss, probabilities
 from bimamba.tasks.metrics import make_confusion_matrix, make_metrics, make_train_metric
@@ -32,6 +33,10 @@ class SupervisedTask(Task):
         label_smoothing, class_weights, pos_weight: see `losses.SampleLoss`. `"balanced"` reads the training split.
         calibration_bins, thresholds: see `metrics.make_metrics`.
         layer_decay: see `optim.parameter_groups`.
+        test_time_rc: in test and prediction (not in validation) read DNA on both strands, in twice the time, and take
+            the mean of the logits, or of a regression's values. Of the logits, not of the probabilities: loss, metrics
+            and calibration then belong to one output, and it is exactly what the same weights give with
+            `model.rc_equivariant=true`, whose head is linear.
         compile, compile_options: see `Task`.
         checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
 
@@ -59,10 +64,15 @@ class SupervisedTask(Task):
         compile_options: Mapping[str, Any] | None = None,
         checkpoint_extras: dict[str, Any] | None = None,
         layer_decay: float | None = None,
+        test_time_rc: bool = False,
     ) -> None:
         super().__init__(net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay)
         self.loss = SampleLoss(spec, label_smoothing, class_weights, pos_weight)
 
+        self.test_time_rc = test_time_rc
+        self.complement: Tensor
+        if test_time_rc:
+            self.register_buffer("complement", _complement(net, spec), persistent=False)
         self.train_accuracy = make_train_metric(spec)
         evaluated = ("val", "test", "predict")
         metrics = {s: make_metrics(spec, f"{s}/", calibration_bins, thresholds) for s in evaluated}
@@ -78,6 +88,12 @@ class SupervisedTask(Task):
         packing = [batch[name] for name in Packing._fields] if "seq_idx" in batch else []
         return self.net(batch["inputs"], batch.get("mask"), *packing)
 
+    def logits_of_both_strands(self, batch: Batch) -> Tensor:
+        """Mean of a batch's logits and those of its reverse complements, `(b, num_outputs)`."""
+        packing = Packing(*(batch[name] for name in Packing._fields)) if "seq_idx" in batch else None
+        other = other_strand(batch["inputs"], self.complement, batch.get("mask"), packing)
+        return (self(batch) + self({**batch, "inputs": other})) / 2
+
     def shared_step(self, batch: Batch, stage: str) -> dict[str, Any]:
         """Logits, loss and probabilities of a batch, and the update of the stage's metrics.
 
@@ -85,7 +101,8 @@ class SupervisedTask(Task):
             `probabilities`, float32 as of `losses.probabilities`; `id`; and, for labelled rows, `label` and
             `sample_loss (b)`; in training also `loss`.
         """
-        logits = self(batch)
+        both = self.test_time_rc and stage in ("test", "predict")
+        logits = self.logits_of_both_strands(batch) if both else self(batch)
         label = batch.get("label")
         out: dict[str, Any] = {"id": batch.get("id")}
         if stage != "train":
@@ -144,3 +161,17 @@ class SupervisedTask(Task):
             if not hasattr(data, "class_counts"):
                 raise ValueError("'balanced' weights need a data module with `class_counts`; give numbers instead")
             self.loss.balance(data.class_counts.tolist(), data.sizes["train"])
+
+
+def _complement(net: nn.Module, spec: DataSpec) -> Tensor:
+    """Complements of token ids, int64, where reading both strands is possible and changes anything."""
+    if spec.kind != "sequence":
+        raise ValueError(f"task.test_time_rc: expected DNA sequences, got data of kind {spec.kind!r}")
+    if getattr(net, "rc_equivariant", False):
+        raise ValueError(
+            "task.test_time_rc: expected false with model.rc_equivariant=true, which reads both strands anyway"
+        )
+    try:
+        return complement_tokens(spec.letters).long()
+    except ValueError as error:
+        raise ValueError(f"task.test_time_rc: {error}") from None
