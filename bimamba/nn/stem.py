@@ -52,8 +52,9 @@ class PixelConvEmbedding(nn.Module):
         self.positions = Positions(positions, d_model, -(-height * width // stride))
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = F.gelu(self.norm(_conv1d(inputs.flatten(2).transpose(1, 2), self.conv1)))
-        return self.positions(_conv1d(x, self.conv2))
+        pixels = inputs.flatten(2).transpose(1, 2).contiguous()  # b l c
+        x = F.gelu(self.norm(_conv1d(pixels, self.conv1)))
+        return self.positions(_conv1d(x, self.conv2).contiguous())
 
 
 def _conv1d(x: Tensor, conv: nn.Conv1d) -> Tensor:
@@ -111,9 +112,9 @@ class ConvStem(nn.Module):
         self.positions = Positions(positions, d_model, self.grid[0] * self.grid[1])
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = inputs.permute(0, 2, 3, 1)  # b h w c: channels last for convolution and norm
+        x = inputs.permute(0, 2, 3, 1).contiguous()  # b h w c: channels last for convolution and norm
         for i, conv in enumerate(self.convs):
             if i:
                 x = F.gelu(self.norms[i - 1](x))
             x = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.positions(x.flatten(1, 2))
+        return self.positions(x.flatten(1, 2).contiguous())

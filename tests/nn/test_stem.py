@@ -24,6 +24,7 @@ def test_sizes_and_gradients(make, l):
     stem = make(IMAGE, 16)
     tokens = stem(torch.randn(2, 3, 8, 12))
     assert tokens.shape == (2, l, 16) and stem.positions.max_length == l
+    assert tokens.is_contiguous()  # channels last all the way: no copy before the first block
     tokens.square().sum().backward()
     for name, parameter in stem.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
