@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bimamba.nn import BiMamba2, Mamba2, mamba2
+from bimamba.nn import BiMamba2, ChannelMixer, Mamba2, mamba2
 from bimamba.ops.ssd.reference import Direction, step_size
 
 SCANS = ("bimamba_chunk_scan_combined", "mamba_chunk_scan_combined")
@@ -52,8 +52,13 @@ class Scan:
 
 
 def mixers(net: nn.Module) -> dict[str, nn.Module]:
-    """The scanning mixers of a network by their module names, from the first layer to the last; empty for attention."""
-    return {name: module for name, module in net.named_modules() if isinstance(module, BiMamba2 | Mamba2)}
+    """The mixers that scan tokens, by their module names, from the first layer to the last; empty for attention.
+
+    A channel mixer's scan runs over the channels of a token: its matrices and memories are not of tokens.
+    """
+    inside = {m for channels in net.modules() if isinstance(channels, ChannelMixer) for m in channels.modules()}
+    found = {name: module for name, module in net.named_modules() if isinstance(module, BiMamba2 | Mamba2)}
+    return {name: module for name, module in found.items() if module not in inside}
 
 
 @contextmanager

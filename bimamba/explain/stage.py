@@ -25,6 +25,7 @@ from bimamba.explain.saliency import gradient_times_input
 from bimamba.explain.statistics import collect
 from bimamba.explain.target import Target, choose_target
 from bimamba.figures import denormalise, save_figure
+from bimamba.nn import ChannelMixer
 from bimamba.predictions import decide
 from bimamba.tasks import SupervisedTask, probabilities
 
@@ -107,6 +108,8 @@ class Explanation:
 
     def _explain(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
+        if any(isinstance(module, ChannelMixer) for module in self.net.modules()):
+            log.info("explain: channel mixers scan a token's channels: no step sizes and mixing matrices of them")
         if mixers(self.net):
             names = self._layers()
             if self.matrices["enabled"]:  # first: this is what long inputs cannot have

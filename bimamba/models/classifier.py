@@ -17,6 +17,7 @@ from bimamba.hub import HubModel
 from bimamba.nn import (
     BiMamba2,
     Block,
+    ChannelMixer,
     ClassTokenPooling,
     MeanPooling,
     NucleotideEmbedding,
@@ -38,7 +39,7 @@ class Backbone(nn.Module):
 
     Args:
         d_model, depth: width and number of blocks. mixer: makes a block's mixer from `d_model`.
-        mlp, mlp_ratio, layer_scale, dropout: see `Block`.
+        mlp, mlp_ratio, layer_scale, dropout, channel_mixer: see `Block`.
         drop_path: rate of stochastic depth of the last block; it rises linearly from zero at the first.
         checkpoint_blocks: keep only the blocks' inputs for the backward pass and recompute the rest.
         scan_order: in which order the first, second, … block (and then from the beginning again) reads an image's
@@ -62,6 +63,7 @@ class Backbone(nn.Module):
         checkpoint_blocks: bool = False,
         scan_order: Sequence[str] = ("rows",),
         grid: tuple[int, int] | None = None,
+        channel_mixer: Callable[..., nn.Module] = ChannelMixer,
     ) -> None:
         super().__init__()
         if depth < 1:
@@ -75,7 +77,9 @@ class Backbone(nn.Module):
             )
         self.scan_order, self.grid = tuple(scan_order), grid
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(d_model, mixer, mlp, mlp_ratio, rate, layer_scale, dropout) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(d_model, mixer, mlp, mlp_ratio, rate, layer_scale, dropout, channel_mixer) for rate in rates
+        )
         self.norm = RMSNorm(d_model)
         self.checkpoint_blocks = checkpoint_blocks
         branches = depth * (1 if mlp is None else 2)
@@ -166,6 +170,7 @@ class Classifier(HubModel):
         checkpoint_blocks: bool = False,
         scan_order: Sequence[str] = ("rows",),
         rc_equivariant: bool = False,
+        channel_mixer: Callable[..., nn.Module] = ChannelMixer,
         pretrained: str | Path | None = None,
         freeze: str | int | None = None,
     ) -> None:
@@ -178,7 +183,18 @@ class Classifier(HubModel):
         self.pooling = cast(Pooling, pooling(d_model))
         grid = None if isinstance(self.pooling, ClassTokenPooling) else getattr(self.embedding, "grid", None)
         self.backbone = Backbone(
-            d_model, depth, mixer, mlp, mlp_ratio, drop_path, layer_scale, dropout, checkpoint_blocks, scan_order, grid
+            d_model,
+            depth,
+            mixer,
+            mlp,
+            mlp_ratio,
+            drop_path,
+            layer_scale,
+            dropout,
+            checkpoint_blocks,
+            scan_order,
+            grid,
+            channel_mixer,
         )
         self.head = Head(d_model, spec.num_outputs, head_dropout)
         if rc_equivariant:

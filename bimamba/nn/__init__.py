@@ -2,6 +2,7 @@
 
 from .attention import Attention
 from .block import MLP, Block, DropPath, LayerScale
+from .channel_mixer import ChannelMixer
 from .embedding import NucleotideEmbedding, PatchEmbedding, PixelEmbedding, Positions
 from .mamba2 import BiMamba2, Mamba2, RMSNormGated
 from .pooling import AttentionPooling, ClassTokenPooling, MaxPooling, MeanPooling, Pooling, TokenPooling
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionPooling",
     "BiMamba2",
     "Block",
+    "ChannelMixer",
     "ClassTokenPooling",
     "ConvStem",
     "DropPath",

@@ -1,4 +1,4 @@
-"""The pre-norm residual block: mixer over tokens, then optionally an MLP over channels."""
+"""The pre-norm residual block: mixer over tokens, then optionally an MLP or a channel mixer over channels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bimamba.nn.channel_mixer import ChannelMixer
 from bimamba.nn.norm import RMSNorm
 
 
@@ -53,7 +54,7 @@ class MLP(nn.Module):
     def __init__(self, d_model: int, ratio: float = 4.0, kind: str = "swiglu", dropout: float = 0.0) -> None:
         super().__init__()
         if kind not in ("gelu", "swiglu"):
-            raise ValueError(f"mlp: expected 'gelu' or 'swiglu', got {kind!r}")
+            raise ValueError(f"mlp: expected 'gelu', 'swiglu' or 'channel_mixer', got {kind!r}")
         self.gated = kind == "swiglu"
         hidden = int(ratio * d_model)
         if self.gated:
@@ -73,14 +74,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """`x = x + mixer(norm(x))`, then `x = x + mlp(norm(x))` if there is an MLP.
+    """`x = x + mixer(norm(x))`, then `x = x + mlp(norm(x))` if there is an MLP or channel mixer.
 
     Args:
         d_model: width.
         mixer: makes the mixer from `d_model`; it maps `(b, l, d_model)`, mask and seq_idx to `(b, l, d_model)`.
-        mlp: None, "gelu" or "swiglu". mlp_ratio: hidden width over `d_model`.
+        mlp: None, "gelu", "swiglu" or "channel_mixer". mlp_ratio: of the MLPs, hidden width over `d_model`.
         drop_path: rate of stochastic depth. layer_scale: first value of the branch's factors, None for none.
         dropout: on the branches, and inside the MLP.
+        channel_mixer: makes the channel mixer from `d_model`.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         dropout: float = 0.0,
+        channel_mixer: Callable[..., nn.Module] = ChannelMixer,
     ) -> None:
         super().__init__()
 
@@ -102,7 +105,8 @@ class Block(nn.Module):
         self.mlp = None
         if mlp is not None:
             self.norm2, self.scale2 = RMSNorm(d_model, cast=True), scale()
-            self.mlp = MLP(d_model, mlp_ratio, mlp, dropout)
+            mixes = mlp == "channel_mixer"
+            self.mlp = channel_mixer(d_model) if mixes else MLP(d_model, mlp_ratio, mlp, dropout)
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:

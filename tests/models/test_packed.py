@@ -11,6 +11,7 @@ from bimamba.nn import (
     Attention,
     AttentionPooling,
     BiMamba2,
+    ChannelMixer,
     ClassTokenPooling,
     DropPath,
     Mamba2,
@@ -86,6 +87,10 @@ def build(mixer="bimamba2", pooling="mean", positions="none", **options):
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer(mixer):
     check(build(mixer, mlp="swiglu"))
+
+
+def test_channel_mixer():
+    check(build(mlp="channel_mixer", channel_mixer=partial(ChannelMixer, group=4, headdim=4, d_state=4)))
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "none"])
