@@ -10,6 +10,11 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Self-attention by `scaled_dot_product_attention`, `(b, l, d_model)` to the same (Vaswani et al. 2017).
 
+    Packed rows are told apart by a dense mask, bool `(rows, 1, l, l)`: of 8 rows of 16,384 tokens 2 GiB, and SDPA then
+    does not run FlashAttention. torch's own ways around it are for some devices alone (its varlen attention: CUDA and
+    half precision; FlexAttention: only compiled) and would need a second code path: with long rows prefer
+    `data.bucket=true` to `data.packing=true` for attention. The scans have no such mask.
+
     Args:
         d_model: width. headdim: of one head; must divide `d_model`. bias: of the projections.
         dropout: of the attention weights, in training. causal: a token sees only those before it.
