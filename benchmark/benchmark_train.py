@@ -8,10 +8,11 @@
 Models, of one width and depth, embedding, pooling and head:
 
     bimamba      this package's classifier;  +mem_eff: use_mem_eff_path;  +checkpoint: checkpoint_blocks;
-                 +compile: torch.compile;  +graph: the whole step as one CUDA graph
+                 +compile: torch.compile;  +reduce: torch.compile with mode=reduce-overhead;  +graph: the whole step as
+                 one CUDA graph
     flip         the same blocks, bidirectional Mamba-2 made of two causal ones: mamba-ssm's Triton scan and gated norm,
                  PyTorch's convolution, and flips
-    transformer  pre-norm attention (torch's scaled_dot_product_attention) and GELU MLP, as many parameters
+    transformer  pre-norm attention (torch's scaled_dot_product_attention) and GELU MLP, as many parameters;  +graph
 
 Columns: tokens/s and samples/s of the median step; peak memory, and that beyond parameters, optimizer and inputs
 ("activations"); GPU launches of one block, forward and backward; and the share of the GPU's peak bf16 throughput. FLOP
@@ -81,7 +82,8 @@ TINY = {
     "pixels": Shape(2, 64, 32, 2, PixelEmbedding),
     "dna_1k": Shape(2, 100, 32, 2),
 }
-MODELS = ("bimamba", "bimamba+mem_eff", "bimamba+checkpoint", "bimamba+compile", "bimamba+graph", "transformer", "flip")
+OPTIONS = ("", "+mem_eff", "+checkpoint", "+compile", "+reduce", "+graph")
+MODELS = (*(f"bimamba{option}" for option in OPTIONS), "transformer", "transformer+graph", "flip")
 
 
 class FlipMamba2(BiMamba2):
@@ -239,8 +241,8 @@ def measure(name: str, label: str, shape: Shape, device: str, steps: int, headdi
     counted = launches(net, shape, device) if cuda and not option else ""
     net.zero_grad(set_to_none=True)
     batch = shape.batch_of(device)
-    if option == "compile":
-        compile_network(net)
+    if option in ("compile", "reduce"):
+        compile_network(net, "reduce-overhead" if option == "reduce" else None)
     start = time.perf_counter()
     step = Step(net, batch, graph=option == "graph")
     for _ in range(3):
@@ -259,7 +261,7 @@ def measure(name: str, label: str, shape: Shape, device: str, steps: int, headdi
         peak = torch.cuda.max_memory_allocated()
         row["peak GB"] = peak / 1e9
         # a graph's activations lie in its own pool, which is alive before
-        row["activations GB"] = float("nan") if option == "graph" else (peak - before) / 1e9
+        row["activations GB"] = float("nan") if option in ("graph", "reduce") else (peak - before) / 1e9
         best = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
         row["share of peak"] = flops(net, shape) / median / best if best else float("nan")
     row |= {"launches a block": counted, "warm-up s": first}
@@ -347,7 +349,7 @@ def main() -> None:
     a = parser.parse_args()
     cuda = a.device.startswith("cuda")
     headdim = 16 if a.tiny else 64
-    models = [m for m in a.models if cuda or not m.endswith(("+graph", "+compile"))]
+    models = [m for m in a.models if cuda or not m.endswith(("+graph", "+compile", "+reduce"))]
     if "flip" in models and (not cuda or peer_scan() is None):
         print("flip skipped: it needs a GPU and mamba-ssm")
         models.remove("flip")

@@ -257,7 +257,8 @@ class Classifier(HubModel):
             packing = packing_of(seq_idx, mask) if order is None or bounds is None else Packing(seq_idx, bounds, order)
         if not self.rc_equivariant:
             return self._features(inputs, mask, packing)
-        own, other = self._features(*both_strands(inputs, self.complement, mask, packing)).chunk(2)
+        x = self._features(*both_strands(inputs, self.complement, mask, packing))
+        own, other = x.unflatten(0, (2, -1)).unbind()  # not chunk, which torch.export cannot trace for any batch
         if isinstance(self.pooling, TokenPooling):
             return torch.cat([own, turned(other, mask, packing)], dim=-1)
         return (own + other) / 2

@@ -19,6 +19,7 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, d: int, eps: float = 1e-5, cast: bool = False) -> None:
         super().__init__(d, eps=eps)
+        self.eps: float = eps
         self.cast = cast
 
     def forward(self, x: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def layout(problem: Problem, saved: bool) -> Layout:
         return Layout(16 if problem.l <= 16 else 32)
     if problem.l <= 64:
         return Layout(16 if problem.l <= 16 else 32 if problem.l <= 32 else 64)
-    if problem.untied or problem.shift or problem.n > 64:
+    if problem.untied or problem.shift or problem.n > 128 or (saved and problem.n > 64):
         return Layout(64)
     return Layout(64, fill=2) if saved else Layout(128, halves=2)
 
@@ -200,13 +200,17 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
         # n 64: 86 with 2 stages and 76 with 3 over 64 rows; 55 and 62 over 128. n 128: blocks of 64 89, of 128 102
         states_block_n=narrow,
         states_stages=1 if exact else 3 if roomy and (walk_rows == 64 or block_n > 64) else 2,
-        # Halves: 81 with 2 stages, 74 with 3; filling in 99 and 113; whole 85 and 80. n 128: 1 stage 140, 2 stages 114
+        # Halves: 81 with 2 stages, 74 with 3; filling in 99 and 113; whole 85 and 80. n 128: 1 stage 140, 2 stages 114,
+        # in halves 148 and 158
         output_heads=_divisor(heads, 12),
-        output_stages=_stages(exact or not roomy, 3 if block_n <= 64 and fill == 1 else 2),
+        output_stages=_stages(
+            exact or not roomy, 1 if block_n > 64 and halves == 2 else 3 if block_n <= 64 and fill == 1 else 2
+        ),
         # n 64: 126 with 2 stages, 114 with 3, 119 with plain loads; in halves 144. n 128: 204, by descriptors 239
         grad_x_heads=_divisor(heads, 12),
         grad_x_stages=_stages(exact or not roomy, 1 if block_n > 64 else 2 if halves == 2 else 3),
-        grad_x_row_tma=block_n <= 64,
+        # The copy engine writes to multiples of 128 bytes, and a stage's buffers lie side by side
+        grad_x_row_tma=block_n <= 64 and chunk // halves >= 32,
         # n 64: 137 with 2 stages, 176 with 3; in halves 310, 224 with 1. n 128: blocks of 64 241, of 128 249
         grad_bc_block_n=narrow,
         grad_bc_heads=_divisor(heads, max(1, heads // parts)),
