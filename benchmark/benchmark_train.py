@@ -330,9 +330,15 @@ def plot(rows: list[dict], name: str) -> None:
         axis.set_ylabel(column)
         axis.set_yscale("log")
     axes[1].set_xticks(range(len(shapes)), shapes)
-    axes[0].legend(fontsize=7, ncol=4)
-    axes[0].set_title("training step, bf16 autocast", fontsize=9)
-    figure.tight_layout()
+    figure.suptitle("training step, bf16 autocast; log scales", fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        fontsize=7,
+        ncol=len(models),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.97),
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(FOLDER / f"{name}.png", dpi=120)
     plt.close(figure)
 
