@@ -103,13 +103,9 @@ def test_float32_gradients_and_number_of_parameters():
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_it_is_exported_and_compiled_for_any_batch(tmp_path):
+def test_it_is_exported_for_any_batch(tmp_path):
     model = Classifier(DNA, 16, 1, mixer=MIXERS["bimamba2"], rc_equivariant=True)
     export_program(model, tmp_path / "model.pt2")  # compares at two batch sizes
-    compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager", dynamic=True)
-    for rows in (sequences(), sequences()[:4]):
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        torch.testing.assert_close(compiled(padded, padded > 0), model(padded, padded > 0), atol=1e-6, rtol=1e-5)
 
 
 def test_clear_errors():
