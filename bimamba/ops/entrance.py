@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = (Tensor, torch.nn.Parameter, type(None))
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, list, tuple, torch.dtype})
 
 
-def watched(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a mode, a subclass, a tracer or a transform of torch.func sees calls with these tensors."""
+def watched(arguments: Iterable[Any]) -> bool:
+    """Whether a mode, a subclass, a tracer or a transform of torch.func sees calls with these arguments."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or bool(torch._C._len_torch_dispatch_stack())
         or bool(torch._C._len_torch_function_stack())
-        or any(type(t) not in PLAIN for t in tensors)
+        or not PLAIN.issuperset(map(type, arguments))
     )
 
 
@@ -33,12 +33,11 @@ def enter(operator: Any, function: type[torch.autograd.Function], direct: Callab
         operator: the `torch.ops` overload. function: its autograd, whose forward pass calls `operator` or, where nobody
             watches, `direct`. direct: what the operator runs.
     """
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if watched(tensors):
+    if watched(args):
         # torch.func's transforms see an autograd.Function, but not through an operator's autograd key
         transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
         return function.apply(*args) if transformed else operator(*args)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any([a.requires_grad for a in args if isinstance(a, Tensor)]):
         # `Function.apply` reads the signature of `forward` anew at every call, to fill in defaults that we have not
         return super(torch.autograd.Function, function).apply(*args)
     return direct(*args)
@@ -46,7 +45,7 @@ def enter(operator: Any, function: type[torch.autograd.Function], direct: Callab
 
 def below_autograd(operator: Any, direct: Callable[..., Any], *args: Any) -> Any:
     """The forward or backward pass of an operator's autograd function."""
-    if watched(a for a in args if isinstance(a, Tensor)):
+    if watched(args):
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
     return direct(*args)

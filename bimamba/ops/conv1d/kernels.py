@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import ceil_div, launch
 
 BLOCK_L, BLOCK_D = 64, 64
 # The gradient sums over rows in registers: few rows a step, so that a sum for each tap fits
@@ -300,7 +300,7 @@ def _sizes(split: list[int]) -> dict[str, int]:
 
 
 def _count(split: list[int]) -> int:
-    return sum(triton.cdiv(size, BLOCK_D) for size in split)
+    return sum(ceil_div(size, BLOCK_D) for size in split)
 
 
 def _by_taps(weight: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ def conv_forward(
     out = [torch.empty((b, l, size), dtype=x.dtype, device=x.device) for size in split]
     launch(
         conv_kernel,
-        b * triton.cdiv(l, BLOCK_L) * _count(split),
+        b * ceil_div(l, BLOCK_L) * _count(split),
         x.device,
         x=x,
         weight=_by_taps(weight),
@@ -363,10 +363,10 @@ def conv_backward(
     b, l, d = x.shape
     width = weight.shape[1]
     dv = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
-    blocks = triton.cdiv(l, GRAD_L)
+    blocks = ceil_div(l, GRAD_L)
     splits = min(blocks, max(1, GRAD_PROGRAMS // (b * _count([dy.shape[2] for dy in dys]))))
-    steps = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, steps)
+    steps = ceil_div(blocks, splits)
+    splits = ceil_div(blocks, steps)
     sums = torch.empty((b * splits, width + 1, d), dtype=torch.float32, device=x.device)
     common = dict(
         WIDTH=width,
@@ -402,7 +402,7 @@ def conv_backward(
     )
     launch(
         conv_transposed_kernel,
-        b * triton.cdiv(l, BLOCK_L) * triton.cdiv(d, BLOCK_D),
+        b * ceil_div(l, BLOCK_L) * ceil_div(d, BLOCK_D),
         x.device,
         dv=dv,
         weight=by_taps,

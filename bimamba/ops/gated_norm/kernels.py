@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
+from ..launch import ceil_div, launch
 
 PROGRAMS = 1024  # of the gradient, which sums its weight's gradient over the rows it walks
 
@@ -135,7 +135,7 @@ def norm_forward(
     shape = _shape(group_size)
     launch(
         norm_kernel,
-        triton.cdiv(m, shape["ROWS"]) * (d // group_size),
+        ceil_div(m, shape["ROWS"]) * (d // group_size),
         y.device,
         y=y,
         z=z,
@@ -169,9 +169,9 @@ def norm_backward(
     dy = torch.empty_like(y)
     out = torch.empty_like(y) if again else None
     shape = _shape(group_size)
-    blocks = triton.cdiv(m, shape["ROWS"])
-    steps = triton.cdiv(blocks, PROGRAMS)
-    parts = triton.cdiv(blocks, steps)
+    blocks = ceil_div(m, shape["ROWS"])
+    steps = ceil_div(blocks, PROGRAMS)
+    parts = ceil_div(blocks, steps)
     sums = torch.empty((parts, d), dtype=torch.float32, device=y.device)
     launch(
         norm_grad_kernel,
@@ -201,5 +201,5 @@ def norm_backward(
 
 
 def _shape(group_size: int) -> dict[str, int]:
-    columns = triton.next_power_of_2(group_size)
+    columns = 1 << (group_size - 1).bit_length()
     return dict(ROWS=max(1, 2048 // columns), COLUMNS=columns, num_warps=4 if columns <= 4096 else 8)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import ceil_div, launch
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -26,7 +26,7 @@ def grad_gate(dy: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     du, dz = torch.empty_like(z), torch.empty_like(z)
     launch(
         grad_gate_kernel,
-        triton.cdiv(z.numel(), 2048),
+        ceil_div(z.numel(), 2048),
         z.device,
         dy=dy,
         ungated=ungated,

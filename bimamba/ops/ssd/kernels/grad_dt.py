@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import ceil_div, launch
 
 from .choose import Config, Problem
 from .common import ROW_LINES, softplus
@@ -126,7 +126,7 @@ def grad_dt(
     sums = torch.empty((b * parts, 2, h), dtype=torch.float32, device=dt.device)
     launch(
         grad_dt_kernel,
-        b * parts * triton.cdiv(h, heads),
+        b * parts * ceil_div(h, heads),
         dt.device,
         dt=dt,
         A=A,

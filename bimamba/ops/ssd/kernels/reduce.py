@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import ceil_div, launch
 
 
 @triton.jit(do_not_specialize=["size", "per_row"])
@@ -47,7 +47,7 @@ def reduce_parts(parts: list[Tensor], like: Tensor, steps: list[int] | None = No
     out = torch.empty_like(like)
     launch(
         reduce_kernel,
-        triton.cdiv(out.numel(), 1024),
+        ceil_div(out.numel(), 1024),
         out.device,
         first=parts[0],
         second=parts[-1],
@@ -114,7 +114,7 @@ def totals(sums: Tensor, parts_D: Tensor | None) -> tuple[Tensor, Tensor, Tensor
     block = 8
     launch(
         total_kernel,
-        2 * triton.cdiv(h, block) + triton.cdiv(width, block),
+        2 * ceil_div(h, block) + ceil_div(width, block),
         sums.device,
         sums=sums,
         parts_D=sums if dD is None else parts_D,
