@@ -20,10 +20,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bimamba.ops.conv1d.kernels import conv_backward, conv_forward
+from bimamba.ops.gated_norm.kernels import norm_backward, norm_forward
 from bimamba.ops.ssd.kernels.choose import Problem, forced
 from bimamba.ops.ssd.kernels.scan import Inputs, Saved, scan_backward, scan_forward
 
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
 TARGETS = {"cuda:80": (80, 32), "cuda:90": (90, 32), "cuda:100": (100, 32), "hip:gfx942": ("gfx942", 64)}
 
 
@@ -87,7 +89,23 @@ def compile_all(target: str, dtype: torch.dtype, flags: dict, config: dict) -> l
     with forced(**config):
         _, _, saved = scan_forward(problem, inputs, save=True, keep_ungated=True, final=state is not None)
         scan_backward(problem, inputs, Saved(*saved), x, None)
+    if flags.get("block", True):
+        block_operators(dtype)
     return seen
+
+
+def block_operators(dtype: torch.dtype) -> None:
+    """Convolution and gated norm as a block calls them: a slice of its projection in, x, B and C out."""
+    b, l, d, n = 2, 300, 256, 64
+    projected = torch.empty(b, l, 2 * d + 2 * n + 8, dtype=dtype)
+    z, xBC, _ = projected.split([d, d + 2 * n, 8], dim=-1)
+    form = (torch.empty(d + 2 * n, 7), torch.empty(d + 2 * n), True, 3)
+    flags = torch.empty(b, l, dtype=torch.uint8), torch.empty(b, l, dtype=torch.int32)
+    parts = conv_forward(xBC, *form, *flags, [d, n, n])
+    conv_backward(parts, xBC, *form, *flags, torch.empty_like(projected)[..., d : 2 * d + 2 * n])
+    y, z, weight = parts[0].flatten(0, 1), z.flatten(0, 1), torch.empty(d)
+    norm_forward(y, z, weight, 1e-5, True, d)
+    norm_backward(y, y, z, weight, 1e-5, True, d, dz=torch.empty_like(y), again=True)
 
 
 if __name__ == "__main__":
