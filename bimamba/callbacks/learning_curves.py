@@ -30,6 +30,7 @@ class LearningCurves(Callback):
         self.seconds = seconds
         self.history: list[dict[str, Any]] = []
         self._drawn = -math.inf
+        self._validated = False  # since the last row of the history
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
@@ -37,8 +38,14 @@ class LearningCurves(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history = list(state_dict["history"])
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        shown = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "val/"))}
+        # Lightning keeps showing the last validation's metrics; an epoch without one has none of its own.
+        kinds = ("train/", "val/") if self._validated else ("train/",)
+        self._validated = False
+        shown = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(kinds)}
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **shown}
         self.history = [r for r in self.history if r["epoch"] < row["epoch"]] + [row]
         if trainer.is_global_zero and time.monotonic() - self._drawn > self.seconds and len(self.history) > 1:

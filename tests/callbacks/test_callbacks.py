@@ -82,6 +82,21 @@ def test_learning_curves_keep_their_history(tmp_path):
     assert other.history == callback.history
 
 
+def test_learning_curves_show_a_validation_once(tmp_path):
+    """callback_metrics keeps the last validation's figures; epochs without a validation must not repeat them."""
+    callback = LearningCurves(str(tmp_path))
+    metrics = {"train/loss": torch.tensor(1.0), "val/loss": torch.tensor(2.0)}
+    trainer = Log(is_global_zero=False, sanity_checking=True, global_step=1, callback_metrics=metrics)
+    callback.on_validation_end(trainer, None)  # the sanity check's, which is none
+    trainer.sanity_checking = False
+    for trainer.current_epoch in range(4):
+        if trainer.current_epoch in (1, 3):
+            callback.on_validation_end(trainer, None)
+        callback.on_train_epoch_end(trainer, None)
+    assert [row["epoch"] for row in callback.history if "val/loss" in row] == [1, 3]
+    assert all("train/loss" in row for row in callback.history)
+
+
 @pytest.mark.parametrize(("kind", "name"), [("image", "examples_val.png"), ("sequence", "examples_val.csv")])
 def test_examples_are_the_first_and_the_worst(tmp_path, kind, name):
     module = SimpleNamespace(spec=spec("binary", 2, kind))
