@@ -11,12 +11,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 import bimamba
 from bimamba.optim import parameter_groups, undecayed_names
 from bimamba.spec import DataSpec
 from bimamba.tasks.compilation import compile_network
+from bimamba.tasks.metrics import LossMean
 
 Batch = dict[str, Any]
 SHOWN = ("loss", "accuracy", "r2")  # of a validation, on the progress bar
@@ -59,7 +60,7 @@ class Task(LightningModule):
         self.layer_decay = layer_decay
         self.checkpoint_extras = checkpoint_extras or {}
         self.undecayed = undecayed_names(self)
-        self.train_loss = MeanMetric()
+        self.train_loss = LossMean()
         self.confusion: dict[str, Tensor] = {}  # finished confusion matrices by stage, for plots
         self.predict_metrics: dict[str, float] = {}  # Lightning logs nothing while predicting
         if compile:

@@ -13,6 +13,33 @@ from torchmetrics import Metric, MetricCollection
 from bimamba.spec import DataSpec
 
 
+class LossMean(Metric):
+    """Weighted mean of the training's losses over an epoch and all processes; NaN where no loss was a number.
+
+    Losses that are NaN do not count: `callbacks.health` reports those and decides what becomes of the step.
+    torchmetrics' `MeanMetric` leaves them out too, but asks the device at each update whether there is one, and so
+    waits for it twice a step.
+    """
+
+    full_state_update = False
+    mean_value: Tensor  # named as MeanMetric's states are: checkpoints in mid-epoch hold them
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("mean_value", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
+        """Losses of any shape on the metric's device, and weights that broadcast to it."""
+        counted = torch.where(value.isnan(), 0.0, weight)
+        self.mean_value = self.mean_value + (torch.where(value.isnan(), 0.0, value) * counted).sum()
+        self.weight = self.weight + counted.sum()
+
+    def compute(self) -> Tensor:
+        return self.mean_value / self.weight
+
+
 class _BinaryBalancedAccuracy(tmc.MulticlassAccuracy):
     """(sensitivity + specificity) / 2, from the probability of the positive class."""
 

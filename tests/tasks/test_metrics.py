@@ -5,9 +5,12 @@ import pytest
 import sklearn.metrics as sk
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics import MeanMetric
 
 from bimamba.spec import DataSpec
 from bimamba.tasks import make_confusion_matrix, make_metrics
+from bimamba.tasks.metrics import LossMean
 
 SPLITS = [13, 1, 50, 36]  # batches of one epoch of 100
 
@@ -135,3 +138,39 @@ def test_a_correlation_with_what_does_not_vary_is_zero(truth, said):
         make_metrics(spec("multilabel", 1), "", 15)(0.2 + 0.6 * q[:, None].float(), y[:, None])["mcc"],
     ]
     assert [float(v) for v in values] == pytest.approx([expected] * 3, abs=1e-6)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor: on a GPU each is a wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:Encountered")
+def test_the_mean_of_losses_is_torchmetrics_without_its_waits():
+    """Values, weights and NaN as MeanMetric takes them, and the same states for checkpoints in mid-epoch."""
+    torch.manual_seed(0)
+    ours, theirs = LossMean(), MeanMetric()
+    for size in SPLITS:
+        value = torch.randn(size)
+        value[::7] = float("nan")
+        weight = torch.tensor(size)  # int64, as a count of letters is
+        theirs.update(value, weight.expand(size).float())
+        with Reads() as reads:
+            ours.update(value, weight)
+        assert reads.count == 0
+    with Reads() as reads:
+        MeanMetric().update(value)
+    assert reads.count == 1  # what the test would see
+    torch.testing.assert_close(ours.compute(), theirs.compute())
+    assert ours.metric_state.keys() == theirs.metric_state.keys()
+    unweighted = LossMean()
+    unweighted.update(torch.tensor([1.0, float("nan"), 4.0]))
+    assert unweighted.compute() == 2.5
+    unweighted.reset()
+    unweighted.update(torch.tensor(float("nan")))
+    assert unweighted.compute().isnan()
