@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from bimamba import config
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
 from bimamba.export import export
+from bimamba.files import write_whole
 from bimamba.loggers import finish_wandb
 from bimamba.overrides import soften, with_checkpoint
 from bimamba.quiet import quiet
@@ -167,9 +168,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 @rank_zero_only
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A readable JSON file, whole or not there."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
-    part.replace(path)
+    write_whole(path, json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")

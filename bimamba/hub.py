@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import nn
 
 from bimamba.checkpoint import load_weights
+from bimamba.files import write_whole
 from bimamba.model_card import model_card
 from bimamba.pretrained import WEIGHTS, describe, find_folder, parts, read_folder, write_config
 from bimamba.spec import DataSpec
@@ -32,9 +32,8 @@ class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
         write_config(save_directory, self.spec, describe(self.arguments))
         # Each tensor by itself: safetensors refuses views, and shared storage.
         state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
-        whole = save_directory / f"{WEIGHTS}.part"
-        whole.write_bytes(save(state, metadata={"format": "pt"}))  # save_file would make it unreadable for others
-        os.replace(whole, save_directory / WEIGHTS)
+        # Not save_file, which would make it unreadable for others.
+        write_whole(save_directory / WEIGHTS, save(state, metadata={"format": "pt"}))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # no **model_kwargs: a typing error must not be swallowed

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 import bimamba
 from bimamba.checkpoint import check_targets, checkpoint_spec, locate, read_checkpoint
+from bimamba.files import write_whole
 from bimamba.spec import DataSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -118,9 +118,7 @@ def write_config(folder: Path, spec: DataSpec, model: Mapping[str, Any]) -> None
         "spec": spec.to_dict(),
         "model": dict(model),
     }
-    whole = folder / f"{CONFIG}.part"
-    whole.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-    os.replace(whole, folder / CONFIG)
+    write_whole(folder / CONFIG, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def find_folder(name: str | Path, key: str = "from_pretrained", **options: Any) -> Path:

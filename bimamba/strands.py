@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bimamba.packing import Packing, mirror
+from bimamba.spec import DataSpec
 
 DNA = "ACGTN"
 PAIRS = {"A": "T", "C": "G", "G": "C", "T": "A", "N": "N"}
@@ -25,6 +26,20 @@ def complement_tokens(alphabet: str) -> Tensor:
     if not is_dna(alphabet):
         raise ValueError(f"a reverse complement needs a DNA alphabet ({DNA!r}), got {alphabet!r}")
     return torch.tensor([0, *(alphabet.index(PAIRS[c]) + 1 for c in alphabet)], dtype=torch.uint8)
+
+
+def complements_for(option: str, spec: DataSpec) -> Tensor:
+    """Complement of each token id, int64, for an option that reads both strands.
+
+    Raises:
+        ValueError: the data are no DNA sequences; names the option.
+    """
+    if spec.kind != "sequence":
+        raise ValueError(f"{option}: expected DNA sequences, got data of kind {spec.kind!r}")
+    try:
+        return complement_tokens(spec.letters).long()
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def other_strand(tokens: Tensor, complement: Tensor, mask: Tensor | None, packing: Packing | None = None) -> Tensor:

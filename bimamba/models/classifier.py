@@ -29,7 +29,7 @@ from bimamba.nn.norm import RMSNorm
 from bimamba.packing import Packing, packing_of
 from bimamba.pretrained import NOT_SAVED
 from bimamba.spec import DataSpec
-from bimamba.strands import PAIRS, both_strands, complement_tokens, turned
+from bimamba.strands import PAIRS, both_strands, complements_for, turned
 
 SCAN_ORDERS = ("rows", "columns")
 
@@ -273,16 +273,10 @@ class Classifier(HubModel):
 
     def _know_strands(self) -> None:
         """What `rc_equivariant` needs: complements of token ids and, for an output a letter, of the classes."""
-        spec = self.spec
-        if spec.kind != "sequence":
-            raise ValueError(f"model.rc_equivariant: expected DNA sequences, got data of kind {spec.kind!r}")
-        try:
-            complement = complement_tokens(spec.letters).long()
-        except ValueError as error:
-            raise ValueError(f"model.rc_equivariant: {error}") from None
+        complement = complements_for("model.rc_equivariant", self.spec)
         self.register_buffer("complement", complement, persistent=False)
         if isinstance(self.pooling, TokenPooling):
-            names = spec.class_names
+            names = self.spec.class_names
             if not {PAIRS.get(name) for name in names} <= set(names):
                 raise ValueError(
                     "model.rc_equivariant: an output a token needs classes that are letters with their complements "

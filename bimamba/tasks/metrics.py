@@ -32,8 +32,9 @@ class LossMean(Metric):
 
     def update(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
         """Losses of any shape on the metric's device, and weights that broadcast to it."""
-        counted = torch.where(value.isnan(), 0.0, weight)
-        self.mean_value = self.mean_value + (torch.where(value.isnan(), 0.0, value) * counted).sum()
+        missing = value.isnan()
+        counted = torch.where(missing, 0.0, weight)
+        self.mean_value = self.mean_value + (torch.where(missing, 0.0, value) * counted).sum()
         self.weight = self.weight + counted.sum()
 
     def compute(self) -> Tensor:

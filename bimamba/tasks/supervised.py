@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric, Metric
 
 from bimamba.packing import Packing
 from bimamba.spec import DataSpec
-from bimamba.strands import complement_tokens, other_strand
+from bimamba.strands import complements_for, other_strand
 from bimamba.tasks.base import Batch, Task
 from bimamba.tasks.losses import SampleLoss, probabilities
 from bimamba.tasks.metrics import make_confusion_matrix, make_metrics, make_train_metric
@@ -165,13 +165,8 @@ class SupervisedTask(Task):
 
 def _complement(net: nn.Module, spec: DataSpec) -> Tensor:
     """Complements of token ids, int64, where reading both strands is possible and changes anything."""
-    if spec.kind != "sequence":
-        raise ValueError(f"task.test_time_rc: expected DNA sequences, got data of kind {spec.kind!r}")
     if getattr(net, "rc_equivariant", False):
         raise ValueError(
             "task.test_time_rc: expected false with model.rc_equivariant=true, which reads both strands anyway"
         )
-    try:
-        return complement_tokens(spec.letters).long()
-    except ValueError as error:
-        raise ValueError(f"task.test_time_rc: {error}") from None
+    return complements_for("task.test_time_rc", spec)

@@ -363,8 +363,9 @@ def conv_backward(
     b, l, d = x.shape
     width = weight.shape[1]
     dv = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
+    split = [dy.shape[2] for dy in dys]
     blocks = ceil_div(l, GRAD_L)
-    splits = min(blocks, max(1, GRAD_PROGRAMS // (b * _count([dy.shape[2] for dy in dys]))))
+    splits = min(blocks, max(1, GRAD_PROGRAMS // (b * _count(split))))
     steps = ceil_div(blocks, splits)
     splits = ceil_div(blocks, steps)
     sums = torch.empty((b * splits, width + 1, d), dtype=torch.float32, device=x.device)
@@ -377,7 +378,6 @@ def conv_backward(
         num_warps=4,
     )
     by_taps = _by_taps(weight)
-    split = [dy.shape[2] for dy in dys]
     launch(
         conv_grad_kernel,
         b * splits * _count(split),
