@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 
 class AverageWeights(WeightAveraging):
@@ -33,8 +34,7 @@ class AverageWeights(WeightAveraging):
             raise ValueError(f"callbacks.average.decay: expected a number between 0 and 1, or null, got {decay}")
         if every_n_steps < 1:
             raise ValueError(f"callbacks.average.every_n_steps: expected at least 1, got {every_n_steps}")
-        # Buffers are copied, not averaged: ours are constants of the loss.
-        super().__init__(use_buffers=False, multi_avg_fn=self._mix)
+        super().__init__(use_buffers=False)
         self.decay, self.warmup, self.every_n_steps = decay, warmup, every_n_steps
 
     @property
@@ -45,21 +45,12 @@ class AverageWeights(WeightAveraging):
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return step_idx is not None and (step_idx + 1) % self.every_n_steps == 0
 
-    @torch.no_grad()
-    def _mix(self, averages: list[Tensor], weights: list[Tensor], updates: Tensor) -> None:
-        assert self.decay is not None
-        n = int(updates)
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        torch._foreach_lerp_(averages, weights, 1 - decay)  # one launch, not one a tensor
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError("callbacks.average: weights that are sharded cannot be averaged; use trainer=ddp")
-        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            assert self._average_model is not None
-            counter = self._average_model.n_averaged
-            self._average_model.n_averaged = counter.cpu()  # reading it at each step must not wait for a GPU
+            assert self.decay is not None
+            self._average_model = _Averaged(pl_module, self._device or pl_module.device, self.decay, self.warmup)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":  # else the average, which is there already, is what is to be measured
@@ -71,3 +62,25 @@ class AverageWeights(WeightAveraging):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._copy_average_to_current(pl_module)
         self._average_model = None
+
+
+class _Averaged(AveragedModel):
+    """torch's, which reads its counter from the device three times an update: here nobody waits for the device."""
+
+    def __init__(self, model: nn.Module, device: torch.device | int, decay: float, warmup: bool) -> None:
+        super().__init__(model, device)  # type: ignore[arg-type]  # any device that Module.to takes
+        self.n_averaged = self.n_averaged.cpu()
+        self.decay, self.warmup = decay, warmup
+        self._tensors: tuple[list[Tensor], ...] | None = None
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        if self._tensors is None:  # once: a walk through the modules takes milliseconds
+            self._tensors = tuple(list(f()) for m in (self.module, model) for f in (m.parameters, m.buffers))
+        averages, buffers, weights, current_buffers = self._tensors
+        n = int(self.n_averaged)
+        decay = 0.0 if n == 0 else min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        torch._foreach_lerp_(averages, weights, 1 - decay)  # one launch, not one a tensor
+        for average, current in zip(buffers, current_buffers, strict=True):
+            average.copy_(current)  # not averaged: ours are constants of the loss
+        self.n_averaged += 1
