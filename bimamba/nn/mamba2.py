@@ -12,10 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bimamba.nn.decay import undecayed
 from bimamba.ops.conv1d import ACTIVATIONS, MAX_WIDTH, depthwise_conv1d
-from bimamba.ops.entrance import watched
 from bimamba.ops.gated_norm import rms_norm_gated
 from bimamba.ops.ssd import bimamba_chunk_scan_combined, choose_backend, mamba_chunk_scan_combined
-from bimamba.ops.ssd.api import allow_tf32
+from bimamba.ops.ssd.api import allow_tf32, debugging
 
 INF = float("inf")
 
@@ -44,6 +43,12 @@ class Projection(nn.Linear):
             return super().forward(u)
         bias = None if self.bias is None else F.pad(self.bias, (0, columns))
         return F.linear(u, F.pad(self.weight, (0, 0, 0, columns)), bias)
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module may be passed by: it is what was put there (an adapter would be another), and nobody listens."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
 
 
 class _Mamba2(nn.Module):
@@ -147,26 +152,29 @@ class _Mamba2(nn.Module):
                 "learnable_init_states: a packed row has one first and one last token, which are not those of each "
                 "sequence; expected learnable_init_states=false with packing"
             )
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
         projected = self.in_proj(u)
-        if not (self.use_mem_eff_path and torch.is_grad_enabled()):
-            return self._after_projection(projected, mask, seq_idx)
-        # keeps the projection alone and recomputes convolution, scan, norm and output projection in backward
-        if self._is_one_node(projected, mask):
-            return self._as_one_node(projected, mask, seq_idx)
-        return checkpoint(self._after_projection, projected, mask, seq_idx, use_reentrant=False)
+        recompute = self.use_mem_eff_path and torch.is_grad_enabled()
+        if self._is_one_node(projected, mask, recompute):
+            return self._as_one_node(projected, mask, seq_idx, recompute)
+        if recompute:
+            return checkpoint(self._after_projection, projected, mask, seq_idx, use_reentrant=False)
+        return self._after_projection(projected, mask, seq_idx)
 
-    def _is_one_node(self, projected: Tensor, mask: Tensor | None) -> bool:
-        """Whether the kernels take all that follows the projection at once; else checkpointing gives the same."""
-        x = projected[..., : self.d_inner].unflatten(-1, (self.nheads, self.headdim))
+    def _is_one_node(self, projected: Tensor, mask: Tensor | None, recompute: bool) -> bool:
+        """Whether the kernels take convolution, scan and norm (and, to recompute them, the output projection) at once."""
         return not (
             self.init_states is not None
             or (mask is not None and self.dt_limit[0] > 0.0)
             or self.d_conv > MAX_WIDTH
-            or watched([projected, mask, self.out_proj.weight])
-            or choose_backend(x, self.d_state) != "triton"
+            or not _is_plain(self.norm, RMSNormGated)
+            or (recompute and not _is_plain(self.out_proj, nn.Linear))
+            or debugging()
+            or choose_backend(projected[..., : self.headdim], self.d_state) != "triton"
         )
 
-    def _as_one_node(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    def _as_one_node(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None, recompute: bool) -> Tensor:
         from bimamba.ops.mixer import Form, Parameters, mixer
 
         form = Form(
@@ -177,23 +185,25 @@ class _Mamba2(nn.Module):
             tied=self.tied,
             shift=self.shift,
             activate=self.activation != "none",
-            dt_limit=self.dt_limit,
+            least=float(self.dt_limit[0]),
+            largest=float(self.dt_limit[1]),
             eps=self.norm.eps,
             norm_before_gate=self.norm.norm_before_gate,
-            group_size=self.norm.group_size,
+            group_size=self.norm.group_size or self.d_inner,
             allow_tf32=allow_tf32(),
         )
         parameters = Parameters(
-            conv_weight=self.conv1d.weight.squeeze(1),
+            conv_weight=self.conv1d.weight,
             conv_bias=self.conv1d.bias,
             dt_bias=self.dt_bias,
-            A=-torch.exp(self.A_log.float()),
+            A_log=self.A_log,
             D=self.D,
             norm_weight=self.norm.weight,
-            out_weight=self.out_proj.weight,
-            out_bias=self.out_proj.bias,
+            out_weight=self.out_proj.weight if recompute else None,
+            out_bias=self.out_proj.bias if recompute else None,
         )
-        return mixer(projected, mask, seq_idx, parameters, form)
+        y = mixer(projected, mask, seq_idx, parameters, form)
+        return y if recompute else self.out_proj(y)
 
     def _after_projection(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
         d_BC = self.ngroups * self.d_state

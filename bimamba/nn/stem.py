@@ -11,57 +11,80 @@ from bimamba.spec import DataSpec
 
 
 class PixelConvEmbedding(nn.Module):
-    """An image as the sequence of its pixels, row by row, behind two one-dimensional convolutions:
-    `(b, c, height, width)` to `(b, ceil(height * width / stride), d_model)`.
+    """An image as the sequence of its pixels, row by row, behind a few one-dimensional convolutions: `(b, c, height,
+    width)` to `(b, tokens, d_model)`, `height * width` divided by each stride in turn, rounded up.
 
     Nothing here knows where a row ends. Convolutions as long as (or longer than) what there is to find are how CKConv
     (Romero et al. 2022, arXiv:2102.02611) reads sequential images; one wider than two rows can learn from the rows
-    above and below.
+    above and below. Between two of them come a norm over the channels and GELU.
 
     Args:
         spec, d_model: the data, and the width of a token.
-        hidden: channels between the two convolutions.
-        kernel_size: pixels that each of them sees; odd.
-        stride: of the second one: so many pixels become one token.
+        channels: of the layers before the last one, which has `d_model`.
+        kernel_sizes: what each layer sees of the one before; odd.
+        strides: of each layer.
         positions: see `Positions`.
 
     Raises:
-        ValueError: no images, an even `kernel_size`, or a number below 1.
+        ValueError: no images, lists that do not fit each other, an even kernel size, or a number below 1.
     """
 
     def __init__(
         self,
         spec: DataSpec,
         d_model: int,
-        hidden: int = 64,
-        kernel_size: int = 67,
-        stride: int = 4,
+        channels: tuple[int, ...] = (64, 96),
+        kernel_sizes: tuple[int, ...] = (67, 67, 35),
+        strides: tuple[int, ...] = (1, 2, 2),
         positions: str = "learned",
     ) -> None:
         super().__init__()
         expect_kind(spec, "image", "pixels_conv")
-        if hidden < 1 or stride < 1:
-            raise ValueError(f"hidden, stride: expected at least 1, got {hidden} and {stride}")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-        channels, height, width = spec.image_shape
-        self.stride = stride
-        self.conv1 = nn.Conv1d(channels, hidden, kernel_size, padding=kernel_size // 2)
-        self.norm = RMSNorm(hidden, cast=True)
-        self.conv2 = nn.Conv1d(hidden, d_model, kernel_size, padding=kernel_size // 2, stride=stride)
-        self.positions = Positions(positions, d_model, -(-height * width // stride))
+        if not len(strides) == len(kernel_sizes) == len(channels) + 1 or min(*strides, *channels, 1) < 1:
+            raise ValueError(
+                "channels, kernel_sizes, strides: expected numbers of at least 1, a kernel size and a stride for each "
+                f"of the channels and for the last layer, got {list(channels)}, {list(kernel_sizes)}, {list(strides)}"
+            )
+        if any(k < 1 or k % 2 == 0 for k in kernel_sizes):
+            raise ValueError(f"kernel_sizes: expected odd numbers, got {list(kernel_sizes)}")
+        colours, height, width = spec.image_shape
+        sizes = [colours, *channels, d_model]
+        self.convs = nn.ModuleList(
+            nn.Conv1d(a, b, k, stride, padding=k // 2)
+            for a, b, k, stride in zip(sizes[:-1], sizes[1:], kernel_sizes, strides, strict=True)
+        )
+        self.norms = nn.ModuleList(RMSNorm(size, cast=True) for size in channels)
+        tokens = height * width
+        for stride in strides:
+            tokens = -(-tokens // stride)
+        self.positions = Positions(positions, d_model, tokens)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        pixels = inputs.flatten(2).transpose(1, 2).contiguous()  # b l c
-        x = F.gelu(self.norm(_conv1d(pixels, self.conv1)))
-        return self.positions(_conv1d(x, self.conv2).contiguous())
+        x = inputs.flatten(2).transpose(1, 2).contiguous()  # b l c
+        for i, conv in enumerate(self.convs):
+            if i:
+                x = F.gelu(self.norms[i - 1](x))
+            x = _conv1d(x, conv)
+        return self.positions(x.contiguous())
 
 
 def _conv1d(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """`(b, l, c)` to `(b, l / stride, d)`, channels last all the way: as a convolution of images of height 1, which
-    cuDNN computes without transposing."""
-    x = x.transpose(1, 2)[:, :, None]  # b c 1 l
-    y = F.conv2d(x, conv.weight[:, :, None], conv.bias, (1, conv.stride[0]), (0, int(conv.padding[0])))
+    """`(b, l, c)` to `(b, ceil(l / stride), d)`, channels last all the way: as a convolution of images of height 1, which
+    cuDNN computes without transposing.
+
+    One with a stride is computed without: groups of `stride` neighbours, side by side in memory, are the channels of a
+    sequence that much shorter. cuDNN has fast kernels for that (H100, 67 wide, 64 to 256 channels, stride 4, forward and
+    backward: 2.0 ms instead of 12.5).
+    """
+    weight, stride, padding = conv.weight, conv.stride[0], int(conv.padding[0])
+    if stride > 1:
+        l, width = x.shape[1], weight.shape[2]
+        groups = -(-width // stride)
+        rows = -(-l // stride) + groups - 1
+        x = F.pad(x, (0, 0, padding, rows * stride - l - padding)).unflatten(1, (rows, stride)).flatten(2)
+        weight = F.pad(weight, (0, groups * stride - width)).unflatten(2, (groups, stride))
+        weight, padding = weight.permute(0, 3, 1, 2).flatten(1, 2), 0
+    y = F.conv2d(x.transpose(1, 2)[:, :, None], weight[:, :, None], conv.bias, padding=(0, padding))
     return y.squeeze(2).transpose(1, 2)
 
 

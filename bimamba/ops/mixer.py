@@ -1,6 +1,6 @@
-"""Everything behind a Mamba-2 block's input projection as one autograd node on the kernels: convolution, scan, gated
-norm and output projection. It keeps the projection for the backward pass and recomputes the rest, and the gradients of
-the projection's parts are written where they belong, so that nothing is cut or joined.
+"""What follows a Mamba-2 block's input projection as one autograd node on the kernels: convolution, scan and gated norm
+and, where all of it is recomputed in the backward pass, the output projection. The gradients of the projection's parts are
+written where they belong, so that nothing is cut or joined, and the host walks through one node instead of a dozen.
 
 Bi-Mamba2 takes `use_mem_eff_path` and ignores it; Mamba-2's causal form of this node is Dao and Gu (2024,
 arXiv:2405.21060), section 8.
@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .conv1d.binding import kernel_flags
 from .conv1d.kernels import conv_backward, conv_forward
 from .conv1d.reference import taps_before
+from .entrance import below_autograd, differentiable, enter
 from .gated_norm.kernels import norm_backward, norm_forward
-from .ssd.kernels.choose import Problem
+from .ssd.binding import states_fit
+from .ssd.kernels.choose import Problem, layout, problem_of
 from .ssd.kernels.scan import Inputs, Saved, scan_backward, scan_forward
 
 
@@ -33,143 +34,191 @@ class Form(NamedTuple):
     tied: bool
     shift: bool
     activate: bool
-    dt_limit: tuple[float, float]
+    least: float  # the step size's limits
+    largest: float
     eps: float
     norm_before_gate: bool
-    group_size: int | None
+    group_size: int
     allow_tf32: bool
+    keep: bool = False  # what the backward pass needs, instead of recomputing it
+    save: bool = False  # and the states, too
 
 
 class Parameters(NamedTuple):
     """Tensors, in the order in which the node takes them and returns their gradients."""
 
-    conv_weight: Tensor  # (d_xBC, width)
+    conv_weight: Tensor  # (d_xBC, 1, width)
     conv_bias: Tensor | None  # (d_xBC)
     dt_bias: Tensor  # (h), or (2 h) untied: forward, backward
-    A: Tensor  # likewise, negative
+    A_log: Tensor  # likewise: A = -exp(A_log)
     D: Tensor  # (h)
     norm_weight: Tensor  # (d_inner)
-    out_weight: Tensor  # (d_model, d_inner)
-    out_bias: Tensor | None
+    out_weight: Tensor | None = None  # (d_model, d_inner); None: no output projection
+    out_bias: Tensor | None = None
 
 
 def mixer(projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None, parameters: Parameters, form: Form) -> Tensor:
-    """`(b, l, d_model)` of the input projection `(b, l, z | x | B, C [| B, C backward] | dt | ...)`, on the kernels'
-    device; columns behind dt are not read.
+    """The gated norm's output `(b, l, d_inner)` or, with `out_weight`, `(b, l, d_model)` behind the output projection.
 
     Args:
-        projected: contiguous, the dtype to compute in. mask: `(b, l)` bool. seq_idx: `(b, l)` ints.
+        projected: the input projection `(b, l, z | x | B, C [| B, C backward] | dt | ...)` in the dtype to compute in;
+            columns behind dt are not read.
+        mask: `(b, l)` bool. seq_idx: `(b, l)` ints.
+        parameters: with `out_weight` nothing but `projected` is kept for the backward pass.
+        form: `keep` and `save` are decided here.
     """
+    projected = projected.contiguous()
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
-    return _Mixer.apply(projected.contiguous(), mask, seq_idx, form, *parameters)
+    tensors = (projected, *parameters)
+    keep = parameters.out_weight is None and torch.is_grad_enabled()
+    keep = keep and any([t.requires_grad for t in tensors if t is not None])
+    heads, shape = parameters.D.shape[0], projected.shape
+    save = keep and states_fit(*shape[:2], heads, form.headdim, form.d_state, form.bidirectional, projected.dtype)
+    form = form._replace(keep=keep, save=save)
+    return enter(torch.ops.bimamba.mixer.default, _Mixer, _forward, projected, mask, seq_idx, *parameters, *form)[0]
 
 
-class _Step(NamedTuple):
-    """What forward and backward pass compute alike."""
+_library = torch.library.Library("bimamba", "FRAGMENT")
+_TENSORS = (
+    "Tensor projected, Tensor? mask, Tensor? seq_idx, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, "
+    "Tensor A_log, Tensor D, Tensor norm_weight, Tensor? out_weight, Tensor? out_bias"
+)
+_FORM = (
+    "int headdim, int d_state, int ngroups, bool bidirectional, bool tied, bool shift, bool activate, float least, "
+    "float largest, float eps, bool norm_before_gate, int group_size, bool allow_tf32, bool keep, bool save"
+)
+_PARAMETERS = slice(3, 3 + len(Parameters._fields))
+# The output and, if keep, dt, the convolution's parts, y and (empty unless save) the states and their rows
+_library.define(f"mixer({_TENSORS}, {_FORM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+# The gradients of projected and of the parameters that are there, in their order
+_library.define(
+    f"mixer_backward(Tensor dout, {_TENSORS}, Tensor[] kept, {_FORM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
-    parts: list[Tensor]  # x, B, C[, B, C]
-    xBC: Tensor
-    z: Tensor
-    problem: Problem
-    inputs: Inputs
-    y: Tensor
-    saved: Saved
 
-
-class _Mixer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, projected, mask, seq_idx, form, *parameters):
-        p = Parameters(*parameters)
-        step = _until_norm(projected, mask, seq_idx, form, p, save=False)
-        normed = norm_forward(_rows(step.y), _rows(step.z), p.norm_weight, *_norm_form(form, p))
-        ctx.save_for_backward(projected, mask, seq_idx, *parameters)
-        ctx.form = form
-        bias = None if p.out_bias is None else p.out_bias.to(normed.dtype)
+def _forward(projected, mask, seq_idx, *rest):
+    p, form = Parameters(*rest[:8]), Form(*rest[8:])
+    z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
+    kept = _convolved(xBC, dt, mask, seq_idx, p, form)
+    problem = _problem(projected, p, form)
+    y, _, saved = scan_forward(
+        problem, _inputs(problem, kept, seq_idx, p), save=form.save, keep_ungated=False, final=False
+    )
+    y = y.view(z.shape)
+    out = norm_forward(_rows(y), _rows(z), p.norm_weight, *_norm_form(form))
+    if p.out_weight is not None:
+        bias = None if p.out_bias is None else p.out_bias.to(out.dtype)
         with torch.autocast(projected.device.type, enabled=False):
-            out = F.linear(normed, p.out_weight.to(normed.dtype), bias)
-        return out.view(*projected.shape[:2], -1)
+            out = F.linear(out, p.out_weight.to(out.dtype), bias)
+    out = out.view(*projected.shape[:2], -1)
+    if not form.keep:
+        return [out]
+    return [out, *kept, y, *(y.new_empty(0) if t is None else t for t in saved[:2])]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        projected, mask, seq_idx, *parameters = ctx.saved_tensors
-        form, p = ctx.form, Parameters(*parameters)
-        step = _until_norm(projected, mask, seq_idx, form, p, save=True)
-        dprojected = torch.empty_like(projected)
-        dz, dxBC, ddt, unread = dprojected.split(_widths(projected, p), dim=-1)
+
+def _backward(dout, projected, mask, seq_idx, *rest):
+    p, kept, form = Parameters(*rest[:8]), rest[8], Form(*rest[9:])
+    z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
+    problem = _problem(projected, p, form)
+    if form.keep:
+        *kept, y, states, rows = kept
+        saved = Saved(*(t if form.save else None for t in (states, rows)), None)
+        inputs = _inputs(problem, kept, seq_idx, p)
+    else:
+        inputs = _inputs(problem, _convolved(xBC, dt, mask, seq_idx, p, form), seq_idx, p)
+        y, _, saved = scan_forward(problem, inputs, save=True, keep_ungated=False, final=False)
+    dprojected = torch.empty_like(projected)
+    dz, dxBC, ddt, unread = dprojected.split(_widths(projected, p), dim=-1)
+    if unread.shape[-1]:
         unread.zero_()
 
-        dout = _rows(dout.to(projected.dtype).contiguous())
-        dnormed = dout @ p.out_weight.to(dout.dtype)
-        dy, dnorm_weight, normed = norm_backward(
-            dnormed, _rows(step.y), _rows(step.z), p.norm_weight, *_norm_form(form, p), dz=_rows(dz), again=True
-        )
-        dout_weight = dout.t() @ normed
-        del normed, dnormed
-        grads = scan_backward(step.problem, step.inputs, step.saved, dy.view(step.inputs.x.shape), None)
-        one_of, both_of = grads.dt
-        dt_grad = one_of if both_of is None else torch.cat([one_of, both_of], dim=-1)
-        ddt.copy_(dt_grad if mask is None else dt_grad.masked_fill_(~mask[..., None], 0.0))
-        dparts = [t for t in (grads.x, grads.B[0], grads.C[0], grads.B[1], grads.C[1]) if t is not None]
-        b, l, _ = projected.shape
-        dconv_weight, dconv_bias = conv_backward(
-            [t.view(b, l, -1) for t in dparts], step.xBC, *_conv_form(form, p), *kernel_flags(mask, seq_idx), dxBC
-        )
+    dout = _rows(dout.to(projected.dtype).contiguous())
+    dnormed = dout if p.out_weight is None else dout @ p.out_weight.to(dout.dtype)
+    dy, dnorm_weight, normed = norm_backward(
+        dnormed,
+        _rows(y.view(z.shape)),
+        _rows(z),
+        p.norm_weight,
+        *_norm_form(form),
+        dz=_rows(dz),
+        again=p.out_weight is not None,
+    )
+    dout_weight = None if normed is None else dout.t() @ normed
+    del normed, dnormed
+    grads = scan_backward(problem, inputs, saved, dy.view(inputs.x.shape), None)
+    dt_grad = _joined(grads.dt, dim=-1)
+    ddt.copy_(dt_grad if mask is None else dt_grad.masked_fill_(~mask[..., None], 0.0))
+    dparts = [t for t in (grads.x, grads.B[0], grads.C[0], grads.B[1], grads.C[1]) if t is not None]
+    dconv_weight, dconv_bias = conv_backward(
+        [t.view(*z.shape[:2], -1) for t in dparts], xBC, *_conv_form(form, p), *kernel_flags(mask, seq_idx), dxBC
+    )
+    gradients = Parameters(
+        conv_weight=dconv_weight[:, None],
+        conv_bias=dconv_bias,
+        dt_bias=_joined(grads.bias),
+        A_log=_joined(grads.A).mul_(_A(p)),
+        D=grads.D,
+        norm_weight=dnorm_weight,
+        out_weight=dout_weight,
+        out_bias=None if p.out_bias is None else dout.sum(0, dtype=torch.float32),
+    )
+    # In the parameters' layout, each in memory of its own, as an operator's outputs must be
+    cast = [
+        torch.empty_like(t, memory_format=torch.contiguous_format).copy_(g)
+        if g.dtype != t.dtype or g._base is not None
+        else g
+        for g, t in zip(gradients, p, strict=True)
+        if t is not None
+    ]
+    return [dprojected, *cast]
 
-        def joined(pair):
-            return pair[0] if pair[1] is None else torch.cat(pair)
 
-        gradients = Parameters(
-            conv_weight=dconv_weight,
-            conv_bias=dconv_bias,
-            dt_bias=joined(grads.bias),
-            A=joined(grads.A),
-            D=grads.D,
-            norm_weight=dnorm_weight,
-            out_weight=dout_weight,
-            out_bias=None if p.out_bias is None else dout.sum(0, dtype=torch.float32),
-        )
-        cast = (None if g is None else g.to(t.dtype) for g, t in zip(gradients, p, strict=True))
-        return dprojected, None, None, None, *cast
+def _problem(projected: Tensor, p: Parameters, form: Form, make=problem_of) -> Problem:
+    """`make`: `Problem` where sizes may be symbolic."""
+    return make(
+        *projected.shape[:2],
+        p.D.shape[0],
+        form.ngroups,
+        form.headdim,
+        form.d_state,
+        projected.dtype,
+        projected.device,
+        form.bidirectional,
+        not form.tied,
+        form.shift,
+        True,
+        (form.least, form.largest),
+        form.allow_tf32,
+    )
 
 
-def _until_norm(projected: Tensor, mask, seq_idx, form: Form, p: Parameters, save: bool) -> _Step:
-    b, l, _ = projected.shape
-    z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
-    heads = p.D.shape[0]
-    d_BC = form.ngroups * form.d_state
-    directions = 1 if form.tied else 2
-    sizes = [heads * form.headdim, *[d_BC] * (2 * directions)]
-    parts = conv_forward(xBC, *_conv_form(form, p), *kernel_flags(mask, seq_idx), sizes)
-    x = parts[0].view(b, l, heads, form.headdim)
-    B, C, *back = (t.view(b, l, form.ngroups, form.d_state) for t in parts[1:])
+def _convolved(xBC: Tensor, dt: Tensor, mask, seq_idx, p: Parameters, form: Form) -> list[Tensor]:
+    """dt, x, B, C and, untied, B and C of the backward direction, contiguous."""
+    parts = conv_forward(xBC, *_conv_form(form, p), *kernel_flags(mask, seq_idx), _sizes(p, form))
     # softplus(-1e4) is exactly 0: padding neither decays nor adds
-    dt = dt.contiguous() if mask is None else dt.masked_fill(~mask[..., None], -1e4)
-    A, bias = p.A.float(), p.dt_bias.float()
-    if form.tied:
-        pairs = [(t, t) for t in (dt, A, B, C, bias)]
-    else:
+    dt = dt.clone(memory_format=torch.contiguous_format) if mask is None else dt.masked_fill(~mask[..., None], -1e4)
+    return [dt, *parts]
+
+
+def _inputs(problem: Problem, kept: list[Tensor], seq_idx: Tensor | None, p: Parameters) -> Inputs:
+    dt, x, *matrices = kept
+    b, l, h, g, n = problem.b, problem.l, problem.h, problem.g, problem.n
+    B, C, *back = (t.view(b, l, g, n) for t in matrices)
+    A, bias = _A(p), p.dt_bias.float()
+    if problem.untied:
         halves = [tuple(t.contiguous() for t in v.chunk(2, dim=-1)) for v in (dt, A, bias)]
         pairs = [halves[0], halves[1], (B, back[0]), (C, back[1]), halves[2]]
-    problem = Problem(
-        b=b,
-        l=l,
-        h=heads,
-        g=form.ngroups,
-        p=form.headdim,
-        n=form.d_state,
-        dtype=projected.dtype,
-        device=projected.device,
-        bidirectional=form.bidirectional,
-        untied=not form.tied,
-        shift=form.shift,
-        dt_softplus=True,
-        dt_limit=form.dt_limit,
-        allow_tf32=form.allow_tf32,
-    )
-    inputs = Inputs(x, *pairs, D=p.D.float(), z=None, seq_idx=seq_idx, initial=(None, None))
-    y, _, saved = scan_forward(problem, inputs, save=save, keep_ungated=False, final=False)
-    return _Step(parts, xBC, z, problem, inputs, y.view(b, l, -1), saved)
+    else:
+        pairs = [(t, t) for t in (dt, A, B, C, bias)]
+    return Inputs(x.view(b, l, h, problem.p), *pairs, D=p.D.float(), z=None, seq_idx=seq_idx, initial=(None, None))
+
+
+def _A(p: Parameters) -> Tensor:
+    return p.A_log.float().exp().neg_()
+
+
+def _sizes(p: Parameters, form: Form) -> list[int]:
+    return [p.D.shape[0] * form.headdim, *[form.ngroups * form.d_state] * (2 if form.tied else 4)]
 
 
 def _widths(projected: Tensor, p: Parameters) -> list[int]:
@@ -178,13 +227,72 @@ def _widths(projected: Tensor, p: Parameters) -> list[int]:
 
 
 def _conv_form(form: Form, p: Parameters) -> tuple:
-    left = taps_before(p.conv_weight.shape[1], causal=not form.bidirectional)
-    return p.conv_weight, p.conv_bias, form.activate, left
+    weight = p.conv_weight[:, 0]
+    return weight, p.conv_bias, form.activate, taps_before(weight.shape[1], causal=not form.bidirectional)
 
 
-def _norm_form(form: Form, p: Parameters) -> tuple:
-    return form.eps, form.norm_before_gate, form.group_size or p.norm_weight.shape[0]
+def _norm_form(form: Form) -> tuple:
+    return form.eps, form.norm_before_gate, form.group_size
 
 
 def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, 1)
+
+
+def _joined(pair: tuple[Tensor, Tensor | None], dim: int = 0) -> Tensor:
+    return pair[0] if pair[1] is None else torch.cat(pair, dim)
+
+
+def _forward_fake(projected, mask, seq_idx, *rest):
+    p, form = Parameters(*rest[:8]), Form(*rest[8:])
+    rows = projected.shape[:2]
+    columns = p.norm_weight.shape[0] if p.out_weight is None else p.out_weight.shape[0]
+    out = projected.new_empty((*rows, columns))
+    if not form.keep:
+        return [out]
+    problem = _problem(projected, p, form, make=Problem)
+    saved = layout(problem, saved=form.save)
+    shapes = [(*rows, size) for size in (p.dt_bias.shape[0], *_sizes(p, form), p.norm_weight.shape[0])]
+    return [
+        out,
+        *(projected.new_empty(shape) for shape in shapes),
+        projected.new_empty(problem.states_shape(saved) if form.save else 0),
+        projected.new_empty(problem.rows_shape(saved), dtype=torch.float32) if form.save else projected.new_empty(0),
+    ]
+
+
+def _backward_fake(dout, projected, mask, seq_idx, *rest):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (projected, *rest[:8]) if t is not None]
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("mixer", _forward, _device)
+    _library.impl("mixer_backward", _backward, _device)
+torch.library.register_fake("bimamba::mixer", _forward_fake, lib=_library)
+torch.library.register_fake("bimamba::mixer_backward", _backward_fake, lib=_library)
+
+
+class _Mixer(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return tuple(below_autograd(torch.ops.bimamba.mixer.default, _forward, *args))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.tensors, ctx.form = _PARAMETERS.stop, inputs[_PARAMETERS.stop :]
+        ctx.save_for_backward(*inputs[: ctx.tensors], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        saved = ctx.saved_tensors  # once: checkpointing unpacks anew at every look
+        tensors, kept = saved[: ctx.tensors], list(saved[ctx.tensors :])
+        args = (dout, *tensors, kept, *ctx.form)
+        dprojected, *rest = below_autograd(torch.ops.bimamba.mixer_backward.default, _backward, *args)
+        grads = iter(rest)
+        of_parameters = [None if t is None else next(grads) for t in tensors[_PARAMETERS]]
+        return dprojected, None, None, *of_parameters, *([None] * len(ctx.form))
+
+
+differentiable(_library, torch.ops.bimamba.mixer.default, _Mixer)

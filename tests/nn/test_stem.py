@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bimamba.nn import ConvStem, PixelConvEmbedding
+from bimamba.nn.stem import _conv1d
 from bimamba.spec import DataSpec
 
 IMAGE = DataSpec("image", "binary", ("no", "yes"), channels=3, height=8, width=12)
@@ -14,8 +15,8 @@ IMAGE = DataSpec("image", "binary", ("no", "yes"), channels=3, height=8, width=1
 @pytest.mark.parametrize(
     ("make", "l"),
     [
-        (partial(PixelConvEmbedding, hidden=4, kernel_size=5, stride=1), 96),
-        (partial(PixelConvEmbedding, hidden=4, kernel_size=27, stride=5), 20),
+        (partial(PixelConvEmbedding, channels=[4], kernel_sizes=[5, 5], strides=[1, 1]), 96),
+        (partial(PixelConvEmbedding, channels=[4, 6], kernel_sizes=[9, 27, 3], strides=[1, 5, 3]), 7),
         (partial(ConvStem, channels=[], strides=[1]), 96),
         (partial(ConvStem, channels=[4, 6], strides=[2, 1, 2]), 6),
     ],
@@ -32,8 +33,9 @@ def test_sizes_and_gradients(make, l):
 
 def test_pixels_are_a_plain_sequence():
     """The same 96 pixels as rows of another length give the same tokens."""
-    stem = PixelConvEmbedding(IMAGE, 8, hidden=4, kernel_size=9, stride=2)
-    turned = PixelConvEmbedding(DataSpec(**(vars(IMAGE) | {"height": 16, "width": 6})), 8, 4, 9, 2)
+    layers = dict(channels=[4], kernel_sizes=[9, 9], strides=[1, 2])
+    stem = PixelConvEmbedding(IMAGE, 8, **layers)
+    turned = PixelConvEmbedding(DataSpec(**(vars(IMAGE) | {"height": 16, "width": 6})), 8, **layers)
     turned.load_state_dict(stem.state_dict())
     images = torch.randn(2, 3, 8, 12)
     torch.testing.assert_close(stem(images), turned(images.view(2, 3, 16, 6)))
@@ -41,7 +43,7 @@ def test_pixels_are_a_plain_sequence():
 
 def test_a_token_sees_its_neighbourhood_alone():
     images = torch.randn(1, 3, 8, 12, requires_grad=True)
-    pixels = PixelConvEmbedding(IMAGE, 8, hidden=4, kernel_size=7, stride=4)
+    pixels = PixelConvEmbedding(IMAGE, 8, channels=[4], kernel_sizes=[7, 7], strides=[1, 4])
     gradient = torch.autograd.grad(pixels(images)[0, 10].sum(), images)[0].abs().sum((0, 1)).flatten()
     assert gradient.nonzero().flatten().tolist() == list(range(40 - 6, 40 + 7))
     stem = ConvStem(IMAGE, 8, channels=[4], strides=[1, 2])
@@ -50,11 +52,18 @@ def test_a_token_sees_its_neighbourhood_alone():
     assert seen.amin(0).tolist() == [2, 4] and seen.amax(0).tolist() == [6, 8]  # 5 x 5 around row 4, column 6
 
 
+@pytest.mark.parametrize(("l", "width", "stride"), [(96, 9, 2), (97, 7, 4), (98, 3, 5), (5, 11, 3)])
+def test_a_stride_is_that_of_a_convolution(l, width, stride):
+    x, conv = torch.randn(2, l, 6), torch.nn.Conv1d(6, 4, width, stride, padding=width // 2)
+    torch.testing.assert_close(_conv1d(x, conv), conv(x.transpose(1, 2)).transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (partial(PixelConvEmbedding, kernel_size=4), "odd"),
-        (partial(PixelConvEmbedding, stride=0), "at least 1"),
+        (partial(PixelConvEmbedding, kernel_sizes=[5, 4, 5]), "odd"),
+        (partial(PixelConvEmbedding, strides=[1, 0, 1]), "at least 1"),
+        (partial(PixelConvEmbedding, strides=[1, 2]), "for each of the channels"),
         (partial(ConvStem, channels=[4], strides=[1]), "a stride of 1 or 2 for each"),
         (partial(ConvStem, channels=[4], strides=[1, 3]), "a stride of 1 or 2"),
         (partial(ConvStem, channels=[4] * 3, strides=[2] * 4), "divides 8 and 12, got 16"),

@@ -1,8 +1,7 @@
 """Triton kernels of the convolution: rows of channels, each tap a load that the caches serve.
 
 A program owns (batch row, rows, channels). The forward pass writes up to five tensors of their own, so that the scan
-finds x, B and C contiguous. The gradient takes two launches: through the activation, with the sums for weight and bias,
-and the same convolution with its taps reversed.
+finds x, B and C contiguous. The gradient walks down the rows, a warp a walk, and reads and writes everything once.
 """
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from ..launch import ceil_div, launch
 
 BLOCK_L, BLOCK_D = 64, 64
-# The gradient sums over rows in registers: few rows a step, so that a sum for each tap fits
-GRAD_L, GRAD_PROGRAMS = 16, 2048
+# Walks of the gradient: how many a program takes, a warp each; how many rows at least, for all of them read 2 (width - 1)
+# rows more than they own; how many programs are enough; and how many rows are loaded ahead
+GRAD_SIDE, GRAD_ROWS, GRAD_PROGRAMS, GRAD_UNROLL = 4, 64, 2048, 8
 
 
 @triton.jit
@@ -141,7 +141,15 @@ def conv_kernel(
     tl.store(out + o, acc.to(out.dtype.element_ty), mask=(r < L)[:, None] & m_c[None, :])
 
 
-@triton.jit(do_not_specialize=["L", "STEPS", "SPLITS"])
+@triton.jit
+def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return out
+
+
+@triton.jit(do_not_specialize=["L", "WALKS", "CHUNKS", "LENGTH"])
 def conv_grad_kernel(
     x,
     weight,
@@ -153,12 +161,14 @@ def conv_grad_kernel(
     dy_2,
     dy_3,
     dy_4,
-    dv,
+    dx,
     sums,
     L,
-    STEPS,
-    SPLITS,
+    WALKS,
+    CHUNKS,
+    LENGTH,
     STRIDE: tl.constexpr,
+    STRIDE_DX: tl.constexpr,
     D_0: tl.constexpr,
     D_1: tl.constexpr,
     D_2: tl.constexpr,
@@ -170,125 +180,109 @@ def conv_grad_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SEQ: tl.constexpr,
-    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """dv, the gradient before the activation, and the sums of weight and bias over STEPS blocks of rows."""
+    """SIDE walks, each down LENGTH rows of COLUMNS channels, with the last rows of x and dv at hand: row i of x completes
+    dv, the gradient before the activation, of row r = i - (WIDTH - 1 - LEFT), and that dx_j = sum_k weight[:, k]
+    dv[j - k + LEFT] of row j = r - LEFT. So a walk reads WIDTH - 1 rows before its own and as many behind them."""
     BLOCKS = _blocks(D_0, D_1, D_2, D_3, D_4, COLUMNS)
     D: tl.constexpr = D_0 + D_1 + D_2 + D_3 + D_4
+    BEHIND: tl.constexpr = WIDTH - 1
     pid = tl.program_id(0)
     i_d = pid % BLOCKS
     pid //= BLOCKS
-    i_split = pid % SPLITS
-    i_b = (pid // SPLITS).to(tl.int64)
+    i_w = pid * SIDE + tl.arange(0, SIDE)
     dy, first, width, i_d = _part(i_d, dy_0, dy_1, dy_2, dy_3, dy_4, D_0, D_1, D_2, D_3, D_4, COLUMNS)
     o_d = i_d * COLUMNS + tl.arange(0, COLUMNS)
     m_c = o_d < width
     o_c = first + o_d
-    p_x = x + i_b * L * STRIDE
+    i_b = (i_w // CHUNKS).to(tl.int64)
+    start = (i_w % CHUNKS) * LENGTH
+    end = tl.where(i_w < WALKS, tl.minimum(start + LENGTH, L), start)
+    last = tl.where(i_w < WALKS, L, 0)  # walks that are not there read and write no row
+    p_x = x + (i_b * L * STRIDE)[:, None] + o_c[None, :]
+    p_dy = dy + (i_b * L * width)[:, None] + o_d[None, :]
+    p_dx = dx + (i_b * L * STRIDE_DX)[:, None] + o_c[None, :]
     p_mask = mask + i_b * L if HAS_MASK else mask
     p_seq = seq + i_b * L if HAS_SEQ else seq
     b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros((COLUMNS,), tl.float32)
-    # Sums stay apart by row until the end: a reduction for every tap and step would cost more than all the rest
-    zeros = tl.zeros((ROWS, COLUMNS), tl.float32)
-    sum_0 = zeros
-    sum_1 = zeros
-    sum_2 = zeros
-    sum_3 = zeros
-    sum_4 = zeros
-    sum_5 = zeros
-    sum_6 = zeros
-    sum_7 = zeros
-    sum_8 = zeros
-    sum_bias = zeros
-    for step in range(STEPS):
-        r = (i_split * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        m = (r < L)[:, None] & m_c[None, :]
-        ids = tl.load(p_seq + r, mask=r < L, other=-1) if HAS_SEQ else r
-        g = tl.load(dy + (i_b * L + r)[:, None] * width + o_d[None, :], mask=m, other=0.0).to(tl.float32)
-        if ACTIVATE:
-            v = tl.zeros((ROWS, COLUMNS), tl.float32) + b_bias[None, :]
-            for k in tl.static_range(WIDTH):
-                w = tl.load(weight + k * D + o_c, mask=m_c, other=0.0).to(tl.float32)
-                v += _tap(p_x, r, k - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ) * w[None, :]
-            sigmoid = 1.0 / (1.0 + tl.exp(-v))
-            g *= sigmoid * (1.0 + v * (1.0 - sigmoid))
-        tl.store(dv + (i_b * L + r)[:, None] * D + o_c[None, :], g.to(dv.dtype.element_ty), mask=m)
-        sum_0 += g * _tap(p_x, r, 0 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-        sum_1 += g * _tap(p_x, r, 1 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-        if WIDTH > 2:
-            sum_2 += g * _tap(p_x, r, 2 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-        if WIDTH > 3:
-            sum_3 += g * _tap(p_x, r, 3 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-        if WIDTH > 4:
-            sum_4 += g * _tap(p_x, r, 4 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-        if WIDTH > 5:
-            sum_5 += g * _tap(p_x, r, 5 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-        if WIDTH > 6:
-            sum_6 += g * _tap(p_x, r, 6 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-        if WIDTH > 7:
-            sum_7 += g * _tap(p_x, r, 7 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-        if WIDTH > 8:
-            sum_8 += g * _tap(p_x, r, 8 - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ)
-        if HAS_BIAS:
-            sum_bias += g
-    p_sums = sums + (i_b * SPLITS + i_split) * (WIDTH + 1) * D + o_c
-    tl.store(p_sums + 0 * D, tl.sum(sum_0, 0), mask=m_c)
-    tl.store(p_sums + 1 * D, tl.sum(sum_1, 0), mask=m_c)
-    if WIDTH > 2:
-        tl.store(p_sums + 2 * D, tl.sum(sum_2, 0), mask=m_c)
-    if WIDTH > 3:
-        tl.store(p_sums + 3 * D, tl.sum(sum_3, 0), mask=m_c)
-    if WIDTH > 4:
-        tl.store(p_sums + 4 * D, tl.sum(sum_4, 0), mask=m_c)
-    if WIDTH > 5:
-        tl.store(p_sums + 5 * D, tl.sum(sum_5, 0), mask=m_c)
-    if WIDTH > 6:
-        tl.store(p_sums + 6 * D, tl.sum(sum_6, 0), mask=m_c)
-    if WIDTH > 7:
-        tl.store(p_sums + 7 * D, tl.sum(sum_7, 0), mask=m_c)
-    if WIDTH > 8:
-        tl.store(p_sums + 8 * D, tl.sum(sum_8, 0), mask=m_c)
-    if HAS_BIAS:
-        tl.store(p_sums + WIDTH * D, tl.sum(sum_bias, 0), mask=m_c)
-
-
-@triton.jit(do_not_specialize=["L"])
-def conv_transposed_kernel(
-    dv,
-    weight,
-    mask,
-    seq,
-    dx,
-    L,
-    STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LEFT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SEQ: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """dx_j = sum_k weight[:, k] dv[j - k + left]; nothing at padding."""
-    BLOCKS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
-    pid = tl.program_id(0)
-    o_c = (pid % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
-    pid //= BLOCKS
-    row_blocks = tl.cdiv(L, ROWS)
-    r = (pid % row_blocks) * ROWS + tl.arange(0, ROWS)
-    i_b = (pid // row_blocks).to(tl.int64)
-    m_c = o_c < D
-    p_seq = seq + i_b * L if HAS_SEQ else seq
-    ids = tl.load(p_seq + r, mask=r < L, other=-1) if HAS_SEQ else r
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    w = ()
     for k in tl.static_range(WIDTH):
-        w = tl.load(weight + k * D + o_c, mask=m_c, other=0.0).to(tl.float32)
-        acc += _tap(dv + i_b * L * D, r, LEFT - k, o_c, m_c, ids, mask, p_seq, L, D, False, HAS_SEQ) * w[None, :]
-    if HAS_MASK:
-        acc = tl.where((tl.load(mask + i_b * L + r, mask=r < L, other=0) != 0)[:, None], acc, 0.0)
-    o = (i_b * L + r)[:, None] * STRIDE + o_c[None, :]
-    tl.store(dx + o, acc.to(dx.dtype.element_ty), mask=(r < L)[:, None] & m_c[None, :])
+        w = w + (tl.load(weight + k * D + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :],)
+    xs = _zeros(BEHIND, SIDE, COLUMNS)
+    dvs = _zeros(BEHIND, SIDE, COLUMNS)
+    dw = _zeros(WIDTH, SIDE, COLUMNS)
+    db = tl.zeros((SIDE, COLUMNS), tl.float32)
+    ids = ()  # of rows i - (2 BEHIND - LEFT) to i; r is number BEHIND among them
+    if HAS_SEQ:
+        for _ in tl.static_range(2 * BEHIND - LEFT):
+            ids = ids + (tl.full((SIDE,), -1, tl.int32),)
+    for step in range(tl.cdiv(LENGTH + 2 * BEHIND, UNROLL)):
+        next_x = ()
+        next_dy = ()
+        next_ids = ()
+        for u in tl.static_range(UNROLL):  # all loads of a step before its stores, which the compiler does not reorder
+            i = start - BEHIND + step * UNROLL + u
+            m = (i >= 0) & (i < last)
+            if HAS_SEQ:
+                next_ids = next_ids + (tl.load(p_seq + i, mask=m, other=-1),)
+            if HAS_MASK:
+                m = m & (tl.load(p_mask + i, mask=m, other=0) != 0)
+            next_x = next_x + (
+                tl.load(p_x + i.to(tl.int64)[:, None] * STRIDE, mask=m[:, None] & m_c[None, :], other=0.0),
+            )
+            r = i - (BEHIND - LEFT)
+            m = (r >= 0) & (r < last)
+            next_dy = next_dy + (
+                tl.load(p_dy + r.to(tl.int64)[:, None] * width, mask=m[:, None] & m_c[None, :], other=0.0),
+            )
+        for u in tl.static_range(UNROLL):
+            r = start - BEHIND + step * UNROLL + u - (BEHIND - LEFT)
+            j = r - LEFT
+            if HAS_SEQ:
+                ids = ids + (next_ids[u],)
+            xs = xs + (next_x[u].to(tl.float32),)
+            taps = xs
+            if HAS_SEQ:
+                taps = ()
+                for k in tl.static_range(WIDTH):
+                    taps = taps + (tl.where((ids[BEHIND - LEFT + k] == ids[BEHIND])[:, None], xs[k], 0.0),)
+            dv = next_dy[u].to(tl.float32)
+            if ACTIVATE:
+                v = tl.zeros((SIDE, COLUMNS), tl.float32) + b_bias[None, :]
+                for k in tl.static_range(WIDTH):
+                    v += taps[k] * w[k]
+                sigmoid = 1.0 / (1.0 + tl.exp(-v))
+                dv *= sigmoid * (1.0 + v * (1.0 - sigmoid))
+            own = tl.where(((r >= start) & (r < end))[:, None], dv, 0.0)
+            sums_now = ()
+            for k in tl.static_range(WIDTH):
+                sums_now = sums_now + (dw[k] + own * taps[k],)
+            dw = sums_now
+            db += own
+            dvs = dvs + (dv,)
+            acc = tl.zeros((SIDE, COLUMNS), tl.float32)
+            for k in tl.static_range(WIDTH):
+                part = dvs[BEHIND - k] * w[k]
+                if HAS_SEQ:
+                    part = tl.where((ids[BEHIND - k] == ids[BEHIND - LEFT])[:, None], part, 0.0)
+                acc += part
+            m = (j >= start) & (j < end)
+            if HAS_MASK:
+                acc = tl.where((tl.load(p_mask + j, mask=m, other=0) != 0)[:, None], acc, 0.0)
+            o = j.to(tl.int64)[:, None] * STRIDE_DX
+            tl.store(p_dx + o, acc.to(dx.dtype.element_ty), mask=m[:, None] & m_c[None, :])
+            xs = xs[1:]
+            dvs = dvs[1:]
+            if HAS_SEQ:
+                ids = ids[1:]
+    p_sums = sums + pid.to(tl.int64) * (WIDTH + 1) * D + o_c
+    for k in tl.static_range(WIDTH):
+        tl.store(p_sums + k * D, tl.sum(dw[k], 0), mask=m_c)
+    if HAS_BIAS:
+        tl.store(p_sums + WIDTH * D, tl.sum(db, 0), mask=m_c)
 
 
 def _parts(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -362,58 +356,41 @@ def conv_backward(
     """`dweight (d, width)` and `dbias (d)`, fp32; `dx (b, l, d)` is written, with rows at one distance."""
     b, l, d = x.shape
     width = weight.shape[1]
-    dv = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
     split = [dy.shape[2] for dy in dys]
-    blocks = ceil_div(l, GRAD_L)
-    splits = min(blocks, max(1, GRAD_PROGRAMS // (b * _count(split))))
-    steps = ceil_div(blocks, splits)
-    splits = ceil_div(blocks, steps)
-    sums = torch.empty((b * splits, width + 1, d), dtype=torch.float32, device=x.device)
-    common = dict(
-        WIDTH=width,
-        LEFT=left,
-        HAS_MASK=mask is not None,
-        HAS_SEQ=seq_idx is not None,
-        COLUMNS=BLOCK_D,
-        num_warps=4,
-    )
-    by_taps = _by_taps(weight)
+    chunks = min(ceil_div(l, GRAD_ROWS), max(1, GRAD_PROGRAMS * GRAD_SIDE // (b * _count(split))))
+    length = ceil_div(l, chunks)
+    chunks = ceil_div(l, length)
+    groups = ceil_div(b * chunks, GRAD_SIDE)
+    sums = torch.empty((groups, width + 1, d), dtype=torch.float32, device=x.device)
     launch(
         conv_grad_kernel,
-        b * splits * _count(split),
+        groups * _count(split),
         x.device,
         x=x,
-        weight=by_taps,
+        weight=_by_taps(weight),
         bias=bias,
         mask=mask,
         seq=seq_idx,
         **_parts("dy", dys),
-        dv=dv,
+        dx=dx,
         sums=sums,
         L=l,
-        STEPS=steps,
-        SPLITS=splits,
+        WALKS=b * chunks,
+        CHUNKS=chunks,
+        LENGTH=length,
         STRIDE=x.stride(1),
+        STRIDE_DX=dx.stride(1),
         **_sizes(split),
+        WIDTH=width,
+        LEFT=left,
         ACTIVATE=activate,
         HAS_BIAS=bias is not None,
-        ROWS=GRAD_L,
-        **common,
-    )
-    launch(
-        conv_transposed_kernel,
-        b * ceil_div(l, BLOCK_L) * ceil_div(d, BLOCK_D),
-        x.device,
-        dv=dv,
-        weight=by_taps,
-        mask=mask,
-        seq=seq_idx,
-        dx=dx,
-        L=l,
-        STRIDE=dx.stride(1),
-        D=d,
-        ROWS=BLOCK_L,
-        **common,
+        HAS_MASK=mask is not None,
+        HAS_SEQ=seq_idx is not None,
+        SIDE=GRAD_SIDE,
+        COLUMNS=BLOCK_D,
+        UNROLL=GRAD_UNROLL,
+        num_warps=4,
     )
     total = sums.sum(0)
     return total[:width].t(), total[width] if bias is not None else None

@@ -320,8 +320,13 @@ def _validate(
         raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
     if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit: expected (least, largest) with 0 <= least <= largest, got {dt_limit!r}")
-    if os.environ.get("BIMAMBA_DEBUG", "0") not in ("", "0") and not torch.compiler.is_compiling():
+    if debugging():
         _validate_values(forward, backward, seq_idx)
+
+
+def debugging() -> bool:
+    """Whether values are checked, too (`BIMAMBA_DEBUG=1`)."""
+    return os.environ.get("BIMAMBA_DEBUG", "0") not in ("", "0") and not torch.compiler.is_compiling()
 
 
 def _validate_values(forward: Direction, backward: Direction | None, seq_idx: Tensor | None) -> None:

@@ -60,7 +60,7 @@ def chunk_scan(
     tensors = (x, dt, A, B, C, dt_back, A_back, B_back, C_back, dt_bias, dt_bias_back, D, z, seq_idx, *initial_states)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if save_states is None:
-        save_states = _states_bytes(x, B, bidirectional) <= SAVE_STATES_BYTES
+        save_states = states_fit(*x.shape, B.shape[-1], bidirectional, x.dtype)
     least, largest = dt_limit
     y, ends, *_ = enter(
         torch.ops.bimamba.scan.default,
@@ -92,10 +92,10 @@ def _dt_dtype(dt: Tensor | None) -> torch.dtype:
     return torch.float32 if dt is None or dt.dtype == torch.float64 else dt.dtype
 
 
-def _states_bytes(x: Tensor, B: Tensor, bidirectional: bool) -> int:
-    """About: at a chunk of 128."""
-    b, l, h, p = x.shape
-    return b * (l // 128 + 1) * h * (2 if bidirectional else 1) * p * B.shape[-1] * x.element_size()
+def states_fit(b: int, l: int, h: int, p: int, n: int, bidirectional: bool, dtype: torch.dtype) -> bool:
+    """Whether the backward pass takes over the states by default, or computes them again. About: at a chunk of 128."""
+    states = b * (l // 128 + 1) * h * (2 if bidirectional else 1) * p * n
+    return states * dtype.itemsize <= SAVE_STATES_BYTES
 
 
 # ---------------------------------------------------------------------------------------------------- operators

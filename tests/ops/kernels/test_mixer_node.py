@@ -1,6 +1,10 @@
-"""`use_mem_eff_path`: the block as one node on the kernels gives what its parts give, outputs and all gradients."""
+"""The block as one node on the kernels, with what it needs kept or recomputed (`use_mem_eff_path`), gives what its parts
+give, outputs and all gradients."""
 
 from __future__ import annotations
+
+import contextlib
+from unittest import mock
 
 import pytest
 import torch
@@ -17,8 +21,14 @@ def triton_backend(monkeypatch):
     monkeypatch.setenv("BIMAMBA_BACKEND", "triton")
 
 
-def results(module, u, mask, seq_idx, node):
-    module.use_mem_eff_path = node
+@contextlib.contextmanager
+def as_parts():
+    with mock.patch("bimamba.nn.mamba2._Mamba2._is_one_node", lambda *_: False):
+        yield
+
+
+def results(module, u, mask, seq_idx, recompute):
+    module.use_mem_eff_path = recompute
     module.zero_grad()
     leaf = u.clone().requires_grad_()
     out = module(leaf, mask, seq_idx)
@@ -48,12 +58,17 @@ def test_node_equals_parts(kind, options):
     u = torch.randn(2, L, 16, device=DEVICE)
     mask = (torch.arange(L, device=DEVICE) < torch.tensor([[L], [20]], device=DEVICE)) if with_mask else None
     seq_idx = (torch.arange(L, device=DEVICE) // 15).expand(2, L).contiguous() if with_seq else None
-    assert module._is_one_node(torch.empty(2, L, module.in_proj.out_features, device=DEVICE), mask)
-    expected = results(module, u, mask, seq_idx, node=False)
-    got = results(module, u, mask, seq_idx, node=True)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert relative_error(got[name], value) < 2e-6, name
+    assert module._is_one_node(torch.empty(2, L, module.in_proj.out_features, device=DEVICE), mask, True)
+    with as_parts():
+        expected = results(module, u, mask, seq_idx, recompute=False)
+    for recompute in (False, True):
+        got = results(module, u, mask, seq_idx, recompute)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            assert relative_error(got[name], value) < 2e-6, name
+    with torch.no_grad():
+        out = module(u, mask, seq_idx)
+    assert relative_error(out if mask is None else out.masked_fill(~mask[..., None], 0.0), expected["out"]) < 2e-6
 
 
 def test_what_the_node_cannot_do_is_checkpointed():
@@ -66,8 +81,8 @@ def test_what_the_node_cannot_do_is_checkpointed():
     ):
         module = module.to(DEVICE)
         u = torch.randn(2, L, 16, device=DEVICE)
-        assert not module._is_one_node(torch.empty(2, L, module.in_proj.out_features, device=DEVICE), mask)
-        expected, got = (results(module, u, mask, None, node) for node in (False, True))
+        assert not module._is_one_node(torch.empty(2, L, module.in_proj.out_features, device=DEVICE), mask, True)
+        expected, got = (results(module, u, mask, None, recompute) for recompute in (False, True))
         for name, value in expected.items():
             assert relative_error(got[name], value) < 2e-6, name
 
@@ -78,12 +93,60 @@ def test_node_under_autocast():
     u = torch.randn(2, L, 16, device=DEVICE)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter's bf16 products are not reliable
     with torch.autocast(DEVICE, dtype=dtype):
-        got = results(module, u, None, None, node=True)
+        both = [results(module, u, None, None, recompute) for recompute in (False, True)]
+        with as_parts():
+            expected = results(module, u, None, None, recompute=False)
+    for got in both:
         assert got["out"].dtype == dtype
-        expected = results(module, u, None, None, node=False)
+        for name, value in expected.items():
+            assert value.dtype == got[name].dtype, name
+            assert relative_error(got[name], value) < (2e-2 if DEVICE == "cuda" else 3e-3), name
+
+
+def test_modules_with_listeners_are_called():
+    """An adapter in place of the output projection, or a hook on the norm, must not be passed by."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, u):
+            return 2 * super().forward(u)
+
+    module, u = BiMamba2(16, d_state=8, headdim=8).to(DEVICE), torch.randn(1, 9, 16, device=DEVICE)
+    plain = module(u)
+    seen = []
+    handle = module.norm.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.allclose(module(u), plain, atol=1e-6) and seen
+    handle.remove()
+    adapter = Doubled(module.d_inner, 16, bias=False).to(DEVICE)
+    adapter.load_state_dict(module.out_proj.state_dict())
+    module.out_proj = adapter
+    for module.use_mem_eff_path in (False, True):
+        assert torch.allclose(module(u), 2 * plain, atol=1e-6)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("recompute, tied", [(False, False), (False, True), (True, True)])
+def test_operator(recompute, tied):
+    """PyTorch's own checks of schema, fakes and autograd registration; compiled without a graph break."""
+    torch.manual_seed(0)
+    module = BiMamba2(16, d_state=8, headdim=8, tied=tied, use_mem_eff_path=recompute).to(DEVICE)
+    calls = []
+
+    def seen(operator, function, direct, *args):
+        calls.append((operator, args))
+        return operator(*args)
+
+    u = torch.randn(2, 9, 16, device=DEVICE)
+    with mock.patch("bimamba.ops.mixer.enter", seen):
+        module(u)
+    ((operator, args),) = calls
+    args = tuple(a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args)
+    torch.library.opcheck(operator, args)
+    expected = results(module, u, None, None, recompute)
+    torch._dynamo.reset()
+    module.compile(fullgraph=True, backend="aot_eager")
+    got = results(module, u, None, None, recompute)
     for name, value in expected.items():
-        assert value.dtype == got[name].dtype, name
-        assert relative_error(got[name], value) < (2e-2 if DEVICE == "cuda" else 3e-3), name
+        assert relative_error(got[name], value) < 2e-6, name
 
 
 def test_node_keeps_the_projection_alone():
@@ -105,7 +168,8 @@ def test_columns_behind_the_projection_change_nothing():
     layer = BiMamba2(16, headdim=8, d_state=8, use_mem_eff_path=True).to(DEVICE)
     projected = torch.randn(2, 9, layer.in_proj.out_features, device=DEVICE, requires_grad=True)
     padded = torch.nn.functional.pad(projected.detach(), (0, 4), value=7.0).requires_grad_()
-    for path in (layer._as_one_node, layer._after_projection):
+    node = layer._as_one_node
+    for path in (lambda *a: node(*a, True), lambda *a: node(*a, False), layer._after_projection):
         y, again = path(projected, None, None), path(padded, None, None)
         assert torch.equal(y, again)
         (own,), (other,) = (torch.autograd.grad(t.square().sum(), p) for t, p in ((y, projected), (again, padded)))
