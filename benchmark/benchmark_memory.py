@@ -22,6 +22,8 @@ from scans import (
     peer,
     report,
     step,
+    untied,
+    with_own_parameters,
 )
 
 SHAPES = {
@@ -44,6 +46,8 @@ def main() -> None:
     runs = {
         "saved": lambda t: bidirectional(t, save_states=True),
         "recomputed": lambda t: bidirectional(t, save_states=False),
+        "untied": untied,
+        "shifted": lambda t: bidirectional(t, shift=True),
         "causal": causal,
     }
     run = peer() if a.peer else None
@@ -57,9 +61,12 @@ def main() -> None:
     for label, shape in list(SHAPES.items())[: a.shapes]:
         t = inputs(*shape, DTYPES["bf16"], "cuda")
         size = t["x"].numel() * t["x"].element_size()
-        memory.append({"b l h p n": label, **{k: peak(step(f, t, True)) / size for k, f in runs.items()}})
+        both = with_own_parameters(t)
+        memory.append({"b l h p n": label})
         row = {"b l h p n": label}
         for k, f in runs.items():
+            t = both if k == "untied" else {name: v for name, v in both.items() if not name.endswith("_back")}
+            memory[-1][k] = peak(step(f, t, True)) / size
             if k != "recomputed":
                 row[f"{k} fwd"] = milliseconds(step(f, t, False), "cuda")
             row[f"{k} fwd+bwd"] = milliseconds(step(f, t, True), "cuda")

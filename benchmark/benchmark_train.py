@@ -89,6 +89,9 @@ MODELS = (*(f"bimamba{option}" for option in OPTIONS), "transformer", "transform
 class FlipMamba2(BiMamba2):
     """The block as a user of mamba-ssm builds it: the same parameters, two calls of the causal scan, and flips."""
 
+    def _is_one_node(self, *_) -> bool:
+        return False
+
     def _after_projection(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 

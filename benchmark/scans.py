@@ -58,6 +58,19 @@ def bidirectional(t: dict, **options) -> Tensor:
     return bimamba_chunk_scan_combined(**t, dt_softplus=True, **options)
 
 
+OWN = ("dt", "A", "B", "C", "dt_bias")  # what a direction may have to itself
+
+
+def with_own_parameters(t: dict) -> dict:
+    """The inputs, and leaves of its own for the backward direction."""
+    return t | {f"{k}_back": t[k].detach().clone().requires_grad_() for k in OWN}
+
+
+def untied(t: dict) -> Tensor:
+    """Of `with_own_parameters`."""
+    return bidirectional({k: (t[k], t[f"{k}_back"]) if k in OWN else t[k] for k in t if not k.endswith("_back")})
+
+
 def causal(t: dict, **options) -> Tensor:
     return mamba_chunk_scan_combined(**t, dt_softplus=True, **options)
 
