@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conv1d.binding import kernel_flags
-from .conv1d.kernels import conv_backward, conv_forward
+from .conv1d.kernels import by_taps, conv_backward, conv_forward
 from .conv1d.reference import taps_before
 from .entrance import below_autograd, differentiable, enter
 from .gated_norm.kernels import norm_backward, norm_forward
@@ -88,7 +88,8 @@ _FORM = (
     "float largest, float eps, bool norm_before_gate, int group_size, bool allow_tf32, bool keep, bool save"
 )
 _PARAMETERS = slice(3, 3 + len(Parameters._fields))
-# The output and, if keep, dt, the convolution's parts, y and (empty unless save) the states and their rows
+# The output and, if keep, A, the convolution's weight by taps, dt, the convolution's parts, y and (empty unless save)
+# the states and their rows
 _library.define(f"mixer({_TENSORS}, {_FORM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 # The gradients of projected and of the parameters that are there, in their order
 _library.define(
@@ -99,11 +100,11 @@ _library.define(
 def _forward(projected, mask, seq_idx, *rest):
     p, form = Parameters(*rest[:8]), Form(*rest[8:])
     z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
-    kept = _convolved(xBC, dt, mask, seq_idx, p, form)
+    exact = _exact(p)
+    kept = _convolved(xBC, dt, mask, seq_idx, exact, p, form)
     problem = _problem(projected, p, form)
-    y, _, saved = scan_forward(
-        problem, _inputs(problem, kept, seq_idx, p), save=form.save, keep_ungated=False, final=False
-    )
+    inputs = _inputs(problem, kept, seq_idx, exact, p)
+    y, _, saved = scan_forward(problem, inputs, save=form.save, keep_ungated=False, final=False)
     y = y.view(z.shape)
     out = norm_forward(_rows(y), _rows(z), p.norm_weight, *_norm_form(form))
     if p.out_weight is not None:
@@ -113,7 +114,7 @@ def _forward(projected, mask, seq_idx, *rest):
     out = out.view(*projected.shape[:2], -1)
     if not form.keep:
         return [out]
-    return [out, *kept, y, *(y.new_empty(0) if t is None else t for t in saved[:2])]
+    return [out, *exact, *kept, y, *(y.new_empty(0) if t is None else t for t in saved[:2])]
 
 
 def _backward(dout, projected, mask, seq_idx, *rest):
@@ -121,11 +122,13 @@ def _backward(dout, projected, mask, seq_idx, *rest):
     z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
     problem = _problem(projected, p, form)
     if form.keep:
-        *kept, y, states, rows = kept
+        A, weight, *kept, y, states, rows = kept
+        exact = _Exact(A, weight)
         saved = Saved(*(t if form.save else None for t in (states, rows)), None)
-        inputs = _inputs(problem, kept, seq_idx, p)
+        inputs = _inputs(problem, kept, seq_idx, exact, p)
     else:
-        inputs = _inputs(problem, _convolved(xBC, dt, mask, seq_idx, p, form), seq_idx, p)
+        exact = _exact(p)
+        inputs = _inputs(problem, _convolved(xBC, dt, mask, seq_idx, exact, p, form), seq_idx, exact, p)
         y, _, saved = scan_forward(problem, inputs, save=True, keep_ungated=False, final=False)
     dprojected = torch.empty_like(projected)
     dz, dxBC, ddt, unread = dprojected.split(_widths(projected, p), dim=-1)
@@ -150,13 +153,13 @@ def _backward(dout, projected, mask, seq_idx, *rest):
     ddt.copy_(dt_grad if mask is None else dt_grad.masked_fill_(~mask[..., None], 0.0))
     dparts = [t for t in (grads.x, grads.B[0], grads.C[0], grads.B[1], grads.C[1]) if t is not None]
     dconv_weight, dconv_bias = conv_backward(
-        [t.view(*z.shape[:2], -1) for t in dparts], xBC, *_conv_form(form, p), *kernel_flags(mask, seq_idx), dxBC
+        [t.view(*z.shape[:2], -1) for t in dparts], xBC, *_conv_form(exact, form, p), *kernel_flags(mask, seq_idx), dxBC
     )
     gradients = Parameters(
         conv_weight=dconv_weight[:, None],
         conv_bias=dconv_bias,
         dt_bias=_joined(grads.bias),
-        A_log=_joined(grads.A).mul_(_A(p)),
+        A_log=_joined(grads.A).mul_(exact.A),
         D=grads.D,
         norm_weight=dnorm_weight,
         out_weight=dout_weight,
@@ -192,29 +195,36 @@ def _problem(projected: Tensor, p: Parameters, form: Form, make=problem_of) -> P
     )
 
 
-def _convolved(xBC: Tensor, dt: Tensor, mask, seq_idx, p: Parameters, form: Form) -> list[Tensor]:
+class _Exact(NamedTuple):
+    """What both passes read instead of a parameter."""
+
+    A: Tensor  # fp32
+    conv_weight: Tensor  # (width, d_xBC)
+
+
+def _exact(p: Parameters) -> _Exact:
+    return _Exact(p.A_log.float().exp().neg_(), by_taps(p.conv_weight[:, 0]))
+
+
+def _convolved(xBC: Tensor, dt: Tensor, mask, seq_idx, exact: _Exact, p: Parameters, form: Form) -> list[Tensor]:
     """dt, x, B, C and, untied, B and C of the backward direction, contiguous."""
-    parts = conv_forward(xBC, *_conv_form(form, p), *kernel_flags(mask, seq_idx), _sizes(p, form))
+    parts = conv_forward(xBC, *_conv_form(exact, form, p), *kernel_flags(mask, seq_idx), _sizes(p, form))
     # softplus(-1e4) is exactly 0: padding neither decays nor adds
     dt = dt.clone(memory_format=torch.contiguous_format) if mask is None else dt.masked_fill(~mask[..., None], -1e4)
     return [dt, *parts]
 
 
-def _inputs(problem: Problem, kept: list[Tensor], seq_idx: Tensor | None, p: Parameters) -> Inputs:
+def _inputs(problem: Problem, kept: list[Tensor], seq_idx: Tensor | None, exact: _Exact, p: Parameters) -> Inputs:
     dt, x, *matrices = kept
     b, l, h, g, n = problem.b, problem.l, problem.h, problem.g, problem.n
     B, C, *back = (t.view(b, l, g, n) for t in matrices)
-    A, bias = _A(p), p.dt_bias.float()
+    A, bias = exact.A, p.dt_bias.float()
     if problem.untied:
         halves = [tuple(t.contiguous() for t in v.chunk(2, dim=-1)) for v in (dt, A, bias)]
         pairs = [halves[0], halves[1], (B, back[0]), (C, back[1]), halves[2]]
     else:
         pairs = [(t, t) for t in (dt, A, B, C, bias)]
     return Inputs(x.view(b, l, h, problem.p), *pairs, D=p.D.float(), z=None, seq_idx=seq_idx, initial=(None, None))
-
-
-def _A(p: Parameters) -> Tensor:
-    return p.A_log.float().exp().neg_()
 
 
 def _sizes(p: Parameters, form: Form) -> list[int]:
@@ -226,9 +236,9 @@ def _widths(projected: Tensor, p: Parameters) -> list[int]:
     return [*sizes, projected.shape[-1] - sum(sizes)]
 
 
-def _conv_form(form: Form, p: Parameters) -> tuple:
-    weight = p.conv_weight[:, 0]
-    return weight, p.conv_bias, form.activate, taps_before(weight.shape[1], causal=not form.bidirectional)
+def _conv_form(exact: _Exact, form: Form, p: Parameters) -> tuple:
+    left = taps_before(p.conv_weight.shape[2], causal=not form.bidirectional)
+    return exact.conv_weight, p.conv_bias, form.activate, left
 
 
 def _norm_form(form: Form) -> tuple:
@@ -252,9 +262,12 @@ def _forward_fake(projected, mask, seq_idx, *rest):
         return [out]
     problem = _problem(projected, p, form, make=Problem)
     saved = layout(problem, saved=form.save)
+    weight = p.conv_weight.new_empty(p.conv_weight.shape[::2][::-1])
     shapes = [(*rows, size) for size in (p.dt_bias.shape[0], *_sizes(p, form), p.norm_weight.shape[0])]
     return [
         out,
+        torch.empty_like(p.A_log, dtype=torch.float32),
+        weight,
         *(projected.new_empty(shape) for shape in shapes),
         projected.new_empty(problem.states_shape(saved) if form.save else 0),
         projected.new_empty(problem.rows_shape(saved), dtype=torch.float32) if form.save else projected.new_empty(0),

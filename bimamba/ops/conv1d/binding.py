@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..entrance import below_autograd, differentiable, enter
-from .kernels import conv_backward, conv_forward
+from .kernels import by_taps, conv_backward, conv_forward
 from .reference import taps_before
 
 _library = torch.library.Library("bimamba", "FRAGMENT")
@@ -55,7 +55,7 @@ def kernel_flags(mask: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor | 
 def _forward(x, weight, bias, mask, seq_idx, activate, causal, split):
     left = taps_before(weight.shape[1], causal)
     flags = kernel_flags(mask, seq_idx)
-    return conv_forward(rows_apart(x), weight, bias, activate, left, *flags, list(split))
+    return conv_forward(rows_apart(x), by_taps(weight), bias, activate, left, *flags, list(split))
 
 
 def _backward(dys, x, weight, bias, mask, seq_idx, activate, causal, split):
@@ -67,7 +67,7 @@ def _backward(dys, x, weight, bias, mask, seq_idx, activate, causal, split):
     dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
     left = taps_before(weight.shape[1], causal)
     flags = kernel_flags(mask, seq_idx)
-    dweight, dbias = conv_backward(dys, rows_apart(x), weight, bias, activate, left, *flags, dx)
+    dweight, dbias = conv_backward(dys, rows_apart(x), by_taps(weight), bias, activate, left, *flags, dx)
     dbias = weight.new_empty(0) if dbias is None else dbias.to(bias.dtype).clone()
     return dx, dweight.to(weight.dtype).contiguous(), dbias
 

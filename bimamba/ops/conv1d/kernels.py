@@ -297,8 +297,9 @@ def _count(split: list[int]) -> int:
     return sum(ceil_div(size, BLOCK_D) for size in split)
 
 
-def _by_taps(weight: Tensor) -> Tensor:
-    """`(width, d)`: with the taps innermost every weight would be a load of its own, and those the kernels' bound."""
+def by_taps(weight: Tensor) -> Tensor:
+    """`(width, d)` of `(d, width)`: with the taps innermost every weight would be a load of its own, and those the
+    kernels' bound."""
     return weight.t().contiguous()
 
 
@@ -312,16 +313,15 @@ def conv_forward(
     seq_idx: Tensor | None,
     split: list[int],
 ) -> list[Tensor]:
-    """`[(b, l, size), ...]`; x `(b, l, d)` with rows at one distance and its channels side by side."""
+    """`[(b, l, size), ...]`; x `(b, l, d)` with rows at one distance and its channels side by side; weight `by_taps`."""
     b, l, _ = x.shape
-    width = weight.shape[1]
     out = [torch.empty((b, l, size), dtype=x.dtype, device=x.device) for size in split]
     launch(
         conv_kernel,
         b * ceil_div(l, BLOCK_L) * _count(split),
         x.device,
         x=x,
-        weight=_by_taps(weight),
+        weight=weight,
         bias=bias,
         mask=mask,
         seq=seq_idx,
@@ -329,7 +329,7 @@ def conv_forward(
         L=l,
         STRIDE=x.stride(1),
         **_sizes(split),
-        WIDTH=width,
+        WIDTH=weight.shape[0],
         LEFT=left,
         ACTIVATE=activate,
         HAS_BIAS=bias is not None,
@@ -353,9 +353,9 @@ def conv_backward(
     seq_idx: Tensor | None,
     dx: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """`dweight (d, width)` and `dbias (d)`, fp32; `dx (b, l, d)` is written, with rows at one distance."""
+    """`dweight (d, width)` and `dbias (d)`, fp32; `dx (b, l, d)` is written, with rows at one distance. weight `by_taps`."""
     b, l, d = x.shape
-    width = weight.shape[1]
+    width = weight.shape[0]
     split = [dy.shape[2] for dy in dys]
     chunks = min(ceil_div(l, GRAD_ROWS), max(1, GRAD_PROGRAMS * GRAD_SIDE // (b * _count(split))))
     length = ceil_div(l, chunks)
@@ -367,7 +367,7 @@ def conv_backward(
         groups * _count(split),
         x.device,
         x=x,
-        weight=_by_taps(weight),
+        weight=weight,
         bias=bias,
         mask=mask,
         seq=seq_idx,

@@ -99,7 +99,7 @@ def block_operators(dtype: torch.dtype) -> None:
     b, l, d, n = 2, 300, 256, 64
     projected = torch.empty(b, l, 2 * d + 2 * n + 8, dtype=dtype)
     z, xBC, _ = projected.split([d, d + 2 * n, 8], dim=-1)
-    form = (torch.empty(d + 2 * n, 7), torch.empty(d + 2 * n), True, 3)
+    form = (torch.empty(7, d + 2 * n), torch.empty(d + 2 * n), True, 3)
     flags = torch.empty(b, l, dtype=torch.uint8), torch.empty(b, l, dtype=torch.int32)
     parts = conv_forward(xBC, *form, *flags, [d, n, n])
     conv_backward(parts, xBC, *form, *flags, torch.empty_like(projected)[..., d : 2 * d + 2 * n])
