@@ -10,6 +10,7 @@ from .health import NumericalHealth
 from .interrupt import SaveOnInterrupt
 from .learning_curves import LearningCurves
 from .model_size import ModelSize, NetworkSummary
+from .progress import ProgressBar
 from .save_predictions import SavePredictions
 from .throughput import Throughput
 
@@ -25,6 +26,7 @@ __all__ = [
     "ModelSize",
     "NetworkSummary",
     "NumericalHealth",
+    "ProgressBar",
     "SaveOnInterrupt",
     "SavePredictions",
     "Throughput",

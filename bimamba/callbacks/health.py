@@ -29,9 +29,9 @@ class NumericalHealth(Callback):
     the step out, or leaves it out and lowers the learning rates.
 
     Cost: one fused maximum over the gradients, and one number read from the device per checked step. Whoever wants to
-    stop before the weights change cannot do without that one read: the processor waits until the backward pass is over
-    (the progress bar's loss makes it wait as well). With `every_n_steps=k` steps between are not looked at, nor waited
-    for; what goes wrong there is found up to k - 1 steps later, in weights that may have been spoilt.
+    stop before the weights change cannot do without that one read: the processor waits until the backward pass is over.
+    With `every_n_steps=k` steps between are not looked at, nor waited for; what goes wrong there is found up to k - 1
+    steps later, in weights that may have been spoilt.
 
     With `precision=16-mixed` infinite gradients are how the loss scale is found, and left to it: the loss alone counts.
 

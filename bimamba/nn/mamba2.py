@@ -163,7 +163,7 @@ class _Mamba2(nn.Module):
         return self._after_projection(projected, mask, seq_idx)
 
     def _is_one_node(self, projected: Tensor, mask: Tensor | None, recompute: bool) -> bool:
-        """Whether the kernels take convolution, scan and norm (and, to recompute them, the output projection) at once."""
+        """Whether the kernels take convolution, scan and norm (and, to recompute, the output projection) at once."""
         return not (
             self.init_states is not None
             or (mask is not None and self.dt_limit[0] > 0.0)

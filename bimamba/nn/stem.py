@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,17 +66,17 @@ class PixelConvEmbedding(nn.Module):
         for i, conv in enumerate(self.convs):
             if i:
                 x = F.gelu(self.norms[i - 1](x))
-            x = _conv1d(x, conv)
+            x = _conv1d(x, cast(nn.Conv1d, conv))
         return self.positions(x.contiguous())
 
 
 def _conv1d(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """`(b, l, c)` to `(b, ceil(l / stride), d)`, channels last all the way: as a convolution of images of height 1, which
-    cuDNN computes without transposing.
+    """`(b, l, c)` to `(b, ceil(l / stride), d)`, channels last all the way: as a convolution of images of height 1,
+    which cuDNN computes without transposing.
 
     One with a stride is computed without: groups of `stride` neighbours, side by side in memory, are the channels of a
-    sequence that much shorter. cuDNN has fast kernels for that (H100, 67 wide, 64 to 256 channels, stride 4, forward and
-    backward: 2.0 ms instead of 12.5).
+    sequence that much shorter. cuDNN has fast kernels for that (H100, 67 wide, 64 to 256 channels, stride 4, forward
+    and backward: 2.0 ms instead of 12.5).
     """
     weight, stride, padding = conv.weight, conv.stride[0], int(conv.padding[0])
     if stride > 1:

@@ -1,6 +1,7 @@
-"""What follows a Mamba-2 block's input projection as one autograd node on the kernels: convolution, scan and gated norm
-and, where all of it is recomputed in the backward pass, the output projection. The gradients of the projection's parts are
-written where they belong, so that nothing is cut or joined, and the host walks through one node instead of a dozen.
+"""What follows a Mamba-2 block's input projection as one autograd node on the kernels: convolution, scan and gated
+norm and, where all of it is recomputed in the backward pass, the output projection. The gradients of the projection's
+parts are written where they belong, so that nothing is cut or joined, and the host walks through one node instead of a
+dozen.
 
 Bi-Mamba2 takes `use_mem_eff_path` and ignores it; Mamba-2's causal form of this node is Dao and Gu (2024,
 arXiv:2405.21060), section 8.

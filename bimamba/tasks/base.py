@@ -84,9 +84,8 @@ class Task(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, size = self.shared_step(batch, "train")["loss"], len(batch["id"])
-        # Lightning reads what is for the bar from the device at each step, and does so where there is no bar as well.
-        bar = self._trainer is not None and self._trainer.progress_bar_callback is not None  # no trainer: a replay
-        self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=bar, batch_size=size)
+        # Not with prog_bar, which is read from the device at each step: `callbacks.ProgressBar` shows it
+        self.log("train/loss_step", loss, on_step=True, on_epoch=False, batch_size=size)
         for name, metric in self.train_metrics().items():
             self.log(name, metric, on_step=False, on_epoch=True, batch_size=size)
         return loss

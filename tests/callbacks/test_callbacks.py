@@ -5,14 +5,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torchmetrics import MeanMetric
 
 from bimamba import plots
-from bimamba.callbacks import ExamplePredictions, GradientNorm, LearningCurves, NetworkSummary, Throughput
+from bimamba.callbacks import (
+    ExamplePredictions,
+    GradientNorm,
+    LearningCurves,
+    NetworkSummary,
+    ProgressBar,
+    Throughput,
+)
 from bimamba.predictions import decide, prediction_table
 from bimamba.spec import DataSpec
+from bimamba.tasks.base import Task as BaseTask
 
 
 def spec(problem, k, kind="sequence"):
@@ -172,3 +180,60 @@ def test_the_summary_is_of_the_network_alone(capsys):
     said = capsys.readouterr().out
     assert "net.0" in said and "Linear" in said and "MeanMetric" not in said
     assert "Trainable params: 8" in said
+
+
+def test_the_bar_reads_the_loss_now_and_then(monkeypatch):
+    """Each reading waits for the device: twice a second, not at every step, and nothing where nothing was logged."""
+    now, reads = [100.0], []
+
+    class Losses(dict):
+        def get(self, name):
+            reads.append(now[0])
+            return torch.tensor(now[0]) if name == "train/loss_step" and now[0] > 100.0 else None
+
+    monkeypatch.setattr("bimamba.callbacks.progress.time.monotonic", lambda: now[0])
+    trainer = SimpleNamespace(
+        training=True, loggers=[], progress_bar_metrics={"val/loss": 2.0}, callback_metrics=Losses()
+    )
+    bar = ProgressBar(seconds=0.5)
+    assert bar.get_metrics(trainer, None) == {"val/loss": 2.0}
+    reads.clear()
+    for now[0] in (101.0, 101.2, 101.4, 101.6, 101.8):
+        shown = bar.get_metrics(trainer, None)
+    assert shown == {"val/loss": 2.0, "train/loss_step": pytest.approx(101.6)} and reads == [101.0, 101.6]
+    trainer.training = False
+    now[0] = 200.0
+    assert bar.get_metrics(trainer, None)["train/loss_step"] == pytest.approx(101.6) and len(reads) == 2
+
+
+def test_no_step_waits_for_the_bar():
+    """What Lightning reads at each step for the bar: nothing of the training step."""
+    given = {}
+
+    class Look(ProgressBar):
+        def on_train_batch_end(self, trainer, *args):
+            given["pbar"] = dict(trainer.progress_bar_metrics)
+            given["shown"] = self.get_metrics(trainer, args[0])
+
+    class Tiny(LightningModule):
+        training_step = BaseTask.training_step
+
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(3, 2)
+
+        def shared_step(self, batch, stage):
+            return {"loss": self.net(batch["x"]).square().mean()}
+
+        def train_metrics(self):
+            return {}
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    rows = [{"x": torch.ones(3), "id": k} for k in range(4)]
+    trainer = Trainer(
+        max_epochs=1, callbacks=[Look()], logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
+    trainer.fit(Tiny(), torch.utils.data.DataLoader(rows, batch_size=2))
+    assert "train/loss_step" not in given["pbar"] and given["shown"]["train/loss_step"] >= 0.0

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton joins tuples by +, it does not unpack them
 """Triton kernels of the convolution: rows of channels, each tap a load that the caches serve.
 
 A program owns (batch row, rows, channels). The forward pass writes up to five tensors of their own, so that the scan
@@ -12,8 +13,8 @@ from torch import Tensor
 from ..launch import ceil_div, launch
 
 BLOCK_L, BLOCK_D = 64, 64
-# Walks of the gradient: how many a program takes, a warp each; how many rows at least, for all of them read 2 (width - 1)
-# rows more than they own; how many programs are enough; and how many rows are loaded ahead
+# Walks of the gradient: how many a program takes, a warp each; how many rows at least, for all of them read
+# 2 (width - 1) rows more than they own; how many programs are enough; and how many rows are loaded ahead
 GRAD_SIDE, GRAD_ROWS, GRAD_PROGRAMS, GRAD_UNROLL = 4, 64, 2048, 8
 
 
@@ -184,9 +185,10 @@ def conv_grad_kernel(
     COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """SIDE walks, each down LENGTH rows of COLUMNS channels, with the last rows of x and dv at hand: row i of x completes
-    dv, the gradient before the activation, of row r = i - (WIDTH - 1 - LEFT), and that dx_j = sum_k weight[:, k]
-    dv[j - k + LEFT] of row j = r - LEFT. So a walk reads WIDTH - 1 rows before its own and as many behind them."""
+    """SIDE walks, each down LENGTH rows of COLUMNS channels, with the last rows of x and dv at hand: row i of x
+    completes dv, the gradient before the activation, of row r = i - (WIDTH - 1 - LEFT), and that dx_j =
+    sum_k weight[:, k] dv[j - k + LEFT] of row j = r - LEFT. So a walk reads WIDTH - 1 rows before its own and as many
+    behind them."""
     BLOCKS = _blocks(D_0, D_1, D_2, D_3, D_4, COLUMNS)
     D: tl.constexpr = D_0 + D_1 + D_2 + D_3 + D_4
     BEHIND: tl.constexpr = WIDTH - 1
@@ -313,7 +315,7 @@ def conv_forward(
     seq_idx: Tensor | None,
     split: list[int],
 ) -> list[Tensor]:
-    """`[(b, l, size), ...]`; x `(b, l, d)` with rows at one distance and its channels side by side; weight `by_taps`."""
+    """`[(b, l, size), ...]`; x `(b, l, d)` with rows at one distance, its channels side by side; weight `by_taps`."""
     b, l, _ = x.shape
     out = [torch.empty((b, l, size), dtype=x.dtype, device=x.device) for size in split]
     launch(
@@ -353,7 +355,8 @@ def conv_backward(
     seq_idx: Tensor | None,
     dx: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """`dweight (d, width)` and `dbias (d)`, fp32; `dx (b, l, d)` is written, with rows at one distance. weight `by_taps`."""
+    """`dweight (d, width)` and `dbias (d)`, fp32; `dx (b, l, d)` is written, with rows at one distance; weight
+    `by_taps`."""
     b, l, d = x.shape
     width = weight.shape[0]
     split = [dy.shape[2] for dy in dys]

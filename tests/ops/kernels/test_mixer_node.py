@@ -1,5 +1,5 @@
-"""The block as one node on the kernels, with what it needs kept or recomputed (`use_mem_eff_path`), gives what its parts
-give, outputs and all gradients."""
+"""The block as one node on the kernels, with what it needs kept or recomputed (`use_mem_eff_path`), gives what its
+parts give, outputs and all gradients."""
 
 from __future__ import annotations
 
