@@ -1,9 +1,10 @@
-# ruff: noqa: RUF005 - Triton joins tuples by +, it does not unpack them
 """Triton kernels of the convolution: rows of channels, each tap a load that the caches serve.
 
 A program owns (batch row, rows, channels). The forward pass writes up to five tensors of their own, so that the scan
 finds x, B and C contiguous. The gradient walks down the rows, a warp a walk, and reads and writes everything once.
 """
+
+# ruff: noqa: RUF005 - Triton joins tuples by +, it does not unpack them
 
 import torch
 import triton
