@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import CompactHydraException, InstantiationException
+from hydra.utils import get_object
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -61,7 +63,8 @@ def check(cfg: DictConfig) -> None:
     """What can be said of a configuration before anything is read.
 
     Raises:
-        ValueError: an unknown stage, a missing checkpoint or file, a choice of model by the test set.
+        ValueError: an unknown stage, a missing checkpoint or file, a choice of model by the test set, an option of a
+            part of the model that this part does not have.
     """
     if cfg.stage not in STAGES:
         raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {cfg.stage!r}")
@@ -74,6 +77,30 @@ def check(cfg: DictConfig) -> None:
     for key in ("monitor", "optimized_metric"):
         if str(cfg[key]).startswith("test/"):
             raise ValueError(f"{key}={cfg[key]}: the test set must not choose the model; monitor a val/ metric")
+    strange = list(_strange_options(cfg.model, "model"))
+    if strange:
+        said = "; ".join(f"{key}: {target} takes {taken}" for key, target, taken in strange)
+        raise ValueError(
+            f"{said}. They were set for another choice, by the experiment or the checkpoint; expected options that are "
+            f"taken: leave these out with {' '.join(repr(f'~{key}') for key, *_ in strange)}"
+        )
+
+
+def _strange_options(node: Any, path: str) -> Iterator[tuple[str, str, str]]:
+    """Options that no part of a model takes: key, part, and what it takes."""
+    if not isinstance(node, DictConfig):
+        return
+    target = node.get("_target_")
+    if target is not None:
+        taken = inspect.signature(get_object(target)).parameters.values()
+        names = [p.name for p in taken if p.kind is not p.VAR_KEYWORD]
+        if len(names) == len(taken):
+            for key in map(str, node):
+                if not key.startswith("_") and key not in names:
+                    yield f"{path}.{key}", target, ", ".join(names)
+    for key in map(str, node):
+        if not OmegaConf.is_missing(node, key):
+            yield from _strange_options(node[key], f"{path}.{key}")
 
 
 def data_stage(cfg: DictConfig) -> str:

@@ -1,6 +1,7 @@
 """Every experiment and every option of every group composes and is instantiated; experiments run one step."""
 
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from runs import ROOT, TINY, composed, load, run, train
 
+from bimamba import config
 from bimamba.overrides import soften
 from bimamba.spec import DataSpec
 from bimamba.tasks.base import Task
@@ -111,6 +113,16 @@ def test_experiments_run_one_step(name, tmp_path):
     options = [f"experiment={name}", *TINY, *LOCAL[name](data), "data.batch_size=8"]
     metrics = run(tmp_path / "run", *options, "trainer.fast_dev_run=true")
     assert np.isfinite(metrics["train/loss"]) and np.isfinite(metrics["test/loss"])
+
+
+def test_options_of_another_part_are_named_with_the_way_out(tmp_path):
+    """An experiment sets options of its mixer; another one may not have them. Told before any data are read."""
+    options = ["experiment=ecoli_sigma70", "ablation=attention", "data.path=nowhere"]
+    with pytest.raises(ValueError, match=r"model.mixer.d_state: bimamba.nn.Attention takes") as caught:
+        config.check(composed(tmp_path, *options))
+    way_out = re.findall(r"'(~[^']+)'", str(caught.value))
+    assert way_out == ["~model.mixer.d_state", "~model.mixer.d_conv"]
+    config.check(composed(tmp_path, *options, *way_out))
 
 
 CIFAR = DataSpec("image", "multiclass", tuple("abcdefghij"), channels=3, height=32, width=32)
