@@ -57,7 +57,8 @@ def load_pretrained(net: Classifier, source: str | Path) -> list[str]:
     _expect_same_model(given.model, describe(net.arguments), where)
     own, state = net.state_dict(), dict(given.state)
     if POSITIONS in own and POSITIONS in state and spec.kind == "image":
-        state[POSITIONS] = resample(state[POSITIONS], given.spec, spec, len(own[POSITIONS]))
+        patches = hasattr(net.embedding, "grid")
+        state[POSITIONS] = resample(state[POSITIONS], given.spec, spec, len(own[POSITIONS]), patches)
     new: list[str] = []
     for part in RENEWED:
         keys = {k for k in own.keys() | state.keys() if k.startswith(part)}
@@ -108,14 +109,20 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def resample(table: Tensor, there: DataSpec, here: DataSpec, size: int) -> Tensor:
-    """Learned positions `(n, d)` of an image's patches on the grid of another image size, `(size, d)`, bicubic."""
+def resample(table: Tensor, there: DataSpec, here: DataSpec, size: int, patches: bool = True) -> Tensor:
+    """Learned positions `(n, d)` of an image's tokens on the grid of another image size, `(size, d)`, bicubic.
+
+    `patches`: tokens are as high as wide. Otherwise each is a piece of a row of pixels; where those do not divide the
+    rows, the tokens are a line.
+    """
     if len(table) == size and (there.height, there.width) == (here.height, here.width):
         return table
+    both = [(n, *spec.image_shape[1:]) for spec, n in ((there, len(table)), (here, size))]
     grids = []
-    for spec, n in ((there, len(table)), (here, size)):
-        _, height, width = spec.image_shape
+    for n, height, width in both:
         rows = round((n * height / width) ** 0.5)
+        if not patches:
+            rows = height if all(count % pixels == 0 for count, pixels, _ in both) else 1
         grids.append((rows, n // rows))
     planes = table.float().T.unflatten(1, grids[0])[None]  # 1 d rows columns
     return F.interpolate(planes, grids[1], mode="bicubic", antialias=True)[0].flatten(1).T.to(table.dtype)

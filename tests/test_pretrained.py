@@ -306,6 +306,21 @@ def test_other_channels(tmp_path):
         make(grey, pretrained=tmp_path)
 
 
+def test_positions_of_pixels_are_resampled_row_by_row():
+    """Tokens of a few pixels of a row each: a table that says where in the image a token lies does so at another size."""
+
+    def where(height, columns):
+        row, column = torch.meshgrid(torch.arange(height), torch.arange(columns), indexing="ij")
+        return torch.stack([(row + 0.5) / height, (column + 0.5) / columns], -1).flatten(0, 1)
+
+    there, here = (DataSpec(**(vars(IMAGE) | {"height": n, "width": n})) for n in (16, 32))
+    table = resample(where(16, 4), there, here, 32 * 8, patches=False)
+    inner = where(32, 8).unflatten(0, (32, 8))[4:-4, 3:-3]  # edges have fewer neighbours
+    torch.testing.assert_close(table.unflatten(0, (32, 8))[4:-4, 3:-3], inner, atol=1e-2, rtol=0.0)
+    line = resample(torch.arange(86.0)[:, None], there, here, 342, patches=False)  # strides that do not divide a row
+    torch.testing.assert_close(line[8:-8, 0], (torch.arange(342) + 0.5)[8:-8] * 86 / 342 - 0.5, atol=1e-2, rtol=0.0)
+
+
 def test_positions_of_images_are_resampled(tmp_path):
     patches = partial(PatchEmbedding, patch_size=2)
     model = make(IMAGE, embedding=patches)
