@@ -307,7 +307,7 @@ def test_other_channels(tmp_path):
 
 
 def test_positions_of_pixels_are_resampled_row_by_row():
-    """Tokens of a few pixels of a row each: a table that says where in the image a token lies does so at another size."""
+    """Tokens of a few pixels of a row each: a table of where in the image a token lies stays one at another size."""
 
     def where(height, columns):
         row, column = torch.meshgrid(torch.arange(height), torch.arange(columns), indexing="ij")
