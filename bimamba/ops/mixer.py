@@ -88,7 +88,8 @@ _FORM = (
     "int headdim, int d_state, int ngroups, bool bidirectional, bool tied, bool shift, bool activate, float least, "
     "float largest, float eps, bool norm_before_gate, int group_size, bool allow_tf32, bool keep, bool save"
 )
-_PARAMETERS = slice(3, 3 + len(Parameters._fields))
+_COUNT = len(Parameters._fields)
+_PARAMETERS = slice(3, 3 + _COUNT)  # of the operators' arguments
 # The output and, if keep, A, the convolution's weight by taps, dt, the convolution's parts, y and (empty unless save)
 # the states and their rows
 _library.define(f"mixer({_TENSORS}, {_FORM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
@@ -99,7 +100,7 @@ _library.define(
 
 
 def _forward(projected, mask, seq_idx, *rest):
-    p, form = Parameters(*rest[:8]), Form(*rest[8:])
+    p, form = Parameters(*rest[:_COUNT]), Form(*rest[_COUNT:])
     z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
     exact = _exact(p)
     kept = _convolved(xBC, dt, mask, seq_idx, exact, p, form)
@@ -119,7 +120,7 @@ def _forward(projected, mask, seq_idx, *rest):
 
 
 def _backward(dout, projected, mask, seq_idx, *rest):
-    p, kept, form = Parameters(*rest[:8]), rest[8], Form(*rest[9:])
+    p, kept, form = Parameters(*rest[:_COUNT]), rest[_COUNT], Form(*rest[_COUNT + 1 :])
     z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
     problem = _problem(projected, p, form)
     if form.keep:
@@ -255,7 +256,7 @@ def _joined(pair: tuple[Tensor, Tensor | None], dim: int = 0) -> Tensor:
 
 
 def _forward_fake(projected, mask, seq_idx, *rest):
-    p, form = Parameters(*rest[:8]), Form(*rest[8:])
+    p, form = Parameters(*rest[:_COUNT]), Form(*rest[_COUNT:])
     rows = projected.shape[:2]
     columns = p.norm_weight.shape[0] if p.out_weight is None else p.out_weight.shape[0]
     out = projected.new_empty((*rows, columns))
@@ -276,7 +277,9 @@ def _forward_fake(projected, mask, seq_idx, *rest):
 
 
 def _backward_fake(dout, projected, mask, seq_idx, *rest):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (projected, *rest[:8]) if t is not None]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (projected, *rest[:_COUNT]) if t is not None
+    ]
 
 
 for _device in ("CPU", "CUDA"):
