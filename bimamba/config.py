@@ -16,13 +16,14 @@ from typing import Any
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import get_object
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from bimamba.checkpoint import has_resolver
 from bimamba.runs import find_checkpoint
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("fit", "test", "predict", "explain", "export")
 
 
@@ -63,8 +64,7 @@ def check(cfg: DictConfig) -> None:
     """What can be said of a configuration before anything is read.
 
     Raises:
-        ValueError: an unknown stage, a missing checkpoint or file, a choice of model by the test set, an option of a
-            part of the model that this part does not have.
+        ValueError: an unknown stage, a missing checkpoint or file, a choice of model by the test set.
     """
     if cfg.stage not in STAGES:
         raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {cfg.stage!r}")
@@ -77,13 +77,23 @@ def check(cfg: DictConfig) -> None:
     for key in ("monitor", "optimized_metric"):
         if str(cfg[key]).startswith("test/"):
             raise ValueError(f"{key}={cfg[key]}: the test set must not choose the model; monitor a val/ metric")
-    strange = list(_strange_options(cfg.model, "model"))
-    if strange:
-        said = "; ".join(f"{key}: {target} takes {taken}" for key, target, taken in strange)
-        raise ValueError(
-            f"{said}. They were set for another choice, by the experiment or the checkpoint; expected options that are "
-            f"taken: leave these out with {' '.join(repr(f'~{key}') for key, *_ in strange)}"
-        )
+
+
+def fit_options(cfg: DictConfig) -> None:
+    """Leave out options of a part of the model that this part does not have but another choice of its group has, and
+    say so: an experiment sets `model.embedding.patch_size`, and `model/embedding=pixels` is typed on top of it.
+
+    Raises:
+        ValueError: an option that no choice of the group has.
+    """
+    for key, target, taken in list(_strange_options(cfg.model, "model")):
+        parent, _, name = key.rpartition(".")
+        files = (CONFIGS / parent.replace(".", "/")).glob("*.yaml")
+        if not any(name in OmegaConf.load(file) for file in files):
+            raise ValueError(f"{key}: expected an option that {target} takes ({taken}), got {name!r}")
+        with open_dict(cfg):
+            del OmegaConf.select(cfg, parent)[name]
+        rank_zero_info(f"note: {key} is left out: it was set for another choice, and {target} has no such option")
 
 
 def _strange_options(node: Any, path: str) -> Iterator[tuple[str, str, str]]:
