@@ -51,6 +51,15 @@ def below_autograd(operator: Any, direct: Callable[..., Any], *args: Any) -> Any
     return direct(*args)
 
 
+def implement(
+    library: torch.library.Library, name: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Make `function` what operator `name` of `library` runs on CPUs and GPUs, and `fake` its shapes and dtypes."""
+    for device in ("CPU", "CUDA"):
+        library.impl(name, function, device)
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+
+
 def differentiable(library: torch.library.Library, operator: Any, function: type[torch.autograd.Function]) -> None:
     """Make `function` the autograd of `operator`, one of `library`.
 

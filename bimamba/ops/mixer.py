@@ -18,7 +18,7 @@ from torch import Tensor
 from .conv1d.binding import kernel_flags
 from .conv1d.kernels import by_taps, conv_backward, conv_forward
 from .conv1d.reference import taps_before
-from .entrance import below_autograd, differentiable, enter
+from .entrance import below_autograd, differentiable, enter, implement
 from .gated_norm.kernels import norm_backward, norm_forward
 from .ssd.binding import states_fit
 from .ssd.kernels.choose import Problem, layout, problem_of
@@ -282,11 +282,8 @@ def _backward_fake(dout, projected, mask, seq_idx, *rest):
     ]
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("mixer", _forward, _device)
-    _library.impl("mixer_backward", _backward, _device)
-torch.library.register_fake("bimamba::mixer", _forward_fake, lib=_library)
-torch.library.register_fake("bimamba::mixer_backward", _backward_fake, lib=_library)
+implement(_library, "mixer", _forward, _forward_fake)
+implement(_library, "mixer_backward", _backward, _backward_fake)
 
 
 class _Mixer(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..entrance import below_autograd, differentiable, enter
+from ..entrance import below_autograd, differentiable, enter, implement
 from .kernels import by_taps, conv_backward, conv_forward
 from .reference import taps_before
 
@@ -81,11 +81,8 @@ def _backward_fake(dys, x, weight, bias, mask, seq_idx, activate, causal, split)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("conv1d", _forward, _device)
-    _library.impl("conv1d_backward", _backward, _device)
-torch.library.register_fake("bimamba::conv1d", _forward_fake, lib=_library)
-torch.library.register_fake("bimamba::conv1d_backward", _backward_fake, lib=_library)
+implement(_library, "conv1d", _forward, _forward_fake)
+implement(_library, "conv1d_backward", _backward, _backward_fake)
 
 
 class _Conv1d(torch.autograd.Function):

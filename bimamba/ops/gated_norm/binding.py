@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..entrance import below_autograd, differentiable, enter
+from ..entrance import below_autograd, differentiable, enter, implement
 from .kernels import norm_backward, norm_forward
 
 _library = torch.library.Library("bimamba", "FRAGMENT")
@@ -63,11 +63,8 @@ def _backward_fake(dout, y, z, weight, eps, norm_before_gate, group_size):
     return y.new_empty(y.shape), dz, weight.new_empty(weight.shape)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("gated_norm", _forward, _device)
-    _library.impl("gated_norm_backward", _backward, _device)
-torch.library.register_fake("bimamba::gated_norm", _forward_fake, lib=_library)
-torch.library.register_fake("bimamba::gated_norm_backward", _backward_fake, lib=_library)
+implement(_library, "gated_norm", _forward, _forward_fake)
+implement(_library, "gated_norm_backward", _backward, _backward_fake)
 
 
 class _GatedNorm(torch.autograd.Function):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..entrance import below_autograd, differentiable, enter
+from ..entrance import below_autograd, differentiable, enter, implement
 from .kernels.choose import Problem, layout, problem_of
 from .kernels.scan import Inputs, Saved, scan_backward, scan_forward
 
@@ -217,11 +217,8 @@ def _scan_backward_fake(dy, dends, *args):
     return [t.new_empty(t.shape) for i, t in enumerate(args[:TENSORS]) if t is not None and i != SEQ_IDX]
 
 
-for device in ("CPU", "CUDA"):
-    _library.impl("scan", _scan, device)
-    _library.impl("scan_backward", _scan_backward, device)
-torch.library.register_fake("bimamba::scan", _scan_fake, lib=_library)
-torch.library.register_fake("bimamba::scan_backward", _scan_backward_fake, lib=_library)
+implement(_library, "scan", _scan, _scan_fake)
+implement(_library, "scan_backward", _scan_backward, _scan_backward_fake)
 
 
 class _Scan(torch.autograd.Function):
