@@ -89,16 +89,14 @@ def bytes_moved(block: BiMamba2, u: Tensor) -> dict[str, int]:
         return b * -(-l // rows) * block.nheads * 2 * block.headdim * block.d_state * size
 
     x, matrix, both = b * l * d * size, b * l * n * size, b * l * (d + 2 * n) * size
-    passed = states(forward.chunk * forward.fill)
-    filled = states(forward.chunk) - passed  # by the output stage
     again = 0 if saved else 2 * x + matrix + states(backward.chunk)
     return {
         "conv_kernel": 2 * both,
         "conv_grad_kernel": 3 * both,
         "norm_kernel": 3 * x,
         "norm_grad_kernel": 5 * x,
-        "states_kernel": 2 * x + matrix + passed + 2 * x + matrix + states(backward.chunk) + again,
-        "output_kernel": 2 * x + 2 * matrix + passed + filled,
+        "states_kernel": 4 * x + 2 * matrix + states(forward.chunk * forward.fill) + states(backward.chunk) + again,
+        "output_kernel": 2 * x + 2 * matrix + states(forward.chunk),  # some of them it reads, the others it writes
         "grad_bc_kernel": 2 * x + 4 * matrix + 2 * states(backward.rows),
         "grad_x_kernel": 3 * x + 2 * matrix + states(backward.rows),
     }

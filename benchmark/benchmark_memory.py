@@ -61,16 +61,16 @@ def main() -> None:
     for label, shape in list(SHAPES.items())[: a.shapes]:
         t = inputs(*shape, DTYPES["bf16"], "cuda")
         size = t["x"].numel() * t["x"].element_size()
-        both = with_own_parameters(t)
+        own = with_own_parameters(t)
         memory.append({"b l h p n": label})
         row = {"b l h p n": label}
         for k, f in runs.items():
-            t = both if k == "untied" else {name: v for name, v in both.items() if not name.endswith("_back")}
-            memory[-1][k] = peak(step(f, t, True)) / size
+            given = own if k == "untied" else t
+            memory[-1][k] = peak(step(f, given, True)) / size
             if k != "recomputed":
-                row[f"{k} fwd"] = milliseconds(step(f, t, False), "cuda")
-            row[f"{k} fwd+bwd"] = milliseconds(step(f, t, True), "cuda")
-            row[f"{k} eager"] = milliseconds(step(f, t, True), "cuda", eager=True)
+                row[f"{k} fwd"] = milliseconds(step(f, given, False), "cuda")
+            row[f"{k} fwd+bwd"] = milliseconds(step(f, given, True), "cuda")
+            row[f"{k} eager"] = milliseconds(step(f, given, True), "cuda", eager=True)
         times.append(row)
         print(memory[-1], row, flush=True)
     report(

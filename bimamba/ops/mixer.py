@@ -293,15 +293,15 @@ class _Mixer(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.tensors, ctx.form = _PARAMETERS.stop, inputs[_PARAMETERS.stop :]
-        ctx.save_for_backward(*inputs[: ctx.tensors], *output[1:])
+        ctx.form = inputs[_PARAMETERS.stop :]
+        ctx.save_for_backward(*inputs[: _PARAMETERS.stop], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, *_):
         saved = ctx.saved_tensors  # once: checkpointing unpacks anew at every look
-        tensors, kept = saved[: ctx.tensors], list(saved[ctx.tensors :])
+        tensors, kept = saved[: _PARAMETERS.stop], list(saved[_PARAMETERS.stop :])
         args = (dout, *tensors, kept, *ctx.form)
         dprojected, *rest = below_autograd(torch.ops.bimamba.mixer_backward.default, _backward, *args)
         grads = iter(rest)
