@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from scans import DTYPES, hardware, milliseconds, report
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from bimamba.nn import BiMamba2
 from bimamba.ops.conv1d import depthwise_conv1d
@@ -115,6 +116,8 @@ def kernels(block: BiMamba2, u: Tensor) -> list[dict]:
         torch.cuda.synchronize()
     spent, launches = Counter(), Counter()
     for event in profile.key_averages():
+        if event.device_type != DeviceType.CUDA:  # calls that launch
+            continue
         spent[event.key] += event.self_device_time_total / STEPS
         launches[event.key] += event.count
     moved, copy = bytes_moved(block, u), copy_bandwidth()

@@ -11,7 +11,7 @@ Models, of one width and depth, embedding, pooling and head:
                  +compile: torch.compile;  +reduce: torch.compile with mode=reduce-overhead;  +graph: the whole step as
                  one CUDA graph
     flip         the same blocks, bidirectional Mamba-2 made of two causal ones: mamba-ssm's Triton scan and gated norm,
-                 PyTorch's convolution, and flips
+                 PyTorch's convolution, and flips;  +graph
     transformer  pre-norm attention (torch's scaled_dot_product_attention) and GELU MLP, as many parameters;  +graph
 
 Columns: tokens/s and samples/s of the median step; peak memory, and that beyond parameters, optimizer and inputs
@@ -83,7 +83,7 @@ TINY = {
     "dna_1k": Shape(2, 100, 32, 2),
 }
 OPTIONS = ("", "+mem_eff", "+checkpoint", "+compile", "+reduce", "+graph")
-MODELS = (*(f"bimamba{option}" for option in OPTIONS), "transformer", "transformer+graph", "flip")
+MODELS = (*(f"bimamba{option}" for option in OPTIONS), "transformer", "transformer+graph", "flip", "flip+graph")
 
 
 class FlipMamba2(BiMamba2):
@@ -359,9 +359,9 @@ def main() -> None:
     cuda = a.device.startswith("cuda")
     headdim = 16 if a.tiny else 64
     models = [m for m in a.models if cuda or not m.endswith(("+graph", "+compile", "+reduce"))]
-    if "flip" in models and (not cuda or peer_scan() is None):
+    if any(m.startswith("flip") for m in models) and (not cuda or peer_scan() is None):
         print("flip skipped: it needs a GPU and mamba-ssm")
-        models.remove("flip")
+        models = [m for m in models if not m.startswith("flip")]
     if a.longest:
         for name in models:
             print(f"{name}: {longest(name, a.device, headdim)} tokens", flush=True)
