@@ -159,10 +159,24 @@ def flops(net: Classifier, shape: Shape) -> float:
     return total
 
 
+def loss_of(net: Classifier, inputs: Tensor, labels: Tensor) -> Tensor:
+    with torch.autocast(inputs.device.type, torch.bfloat16):
+        logits = net(inputs).float()
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+    return F.cross_entropy(logits, labels)
+
+
 class Step:
-    def __init__(self, net: Classifier, batch: tuple[Tensor, Tensor], graph: bool = False) -> None:
-        self.net, (self.inputs, self.labels) = net, batch
-        cuda = self.inputs.is_cuda
+    """Forward, backward and AdamW, each time it is called.
+
+    Args:
+        net: whose parameters are trained. loss: of one batch. graph: as one CUDA graph.
+    """
+
+    def __init__(self, net: nn.Module, loss: Callable[[], Tensor], graph: bool = False) -> None:
+        self.loss = loss
+        cuda = next(net.parameters()).is_cuda
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=cuda, capturable=graph)
         self.graph: torch.cuda.CUDAGraph | None = None
         if graph:
@@ -175,13 +189,6 @@ class Step:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.run()
-
-    def loss(self) -> Tensor:
-        with torch.autocast(self.inputs.device.type, torch.bfloat16):
-            logits = self.net(self.inputs).float()
-        if logits.shape[1] == 1:
-            return F.binary_cross_entropy_with_logits(logits[:, 0], self.labels.float())
-        return F.cross_entropy(logits, self.labels)
 
     def run(self) -> None:
         self.loss().backward()
@@ -247,7 +254,7 @@ def measure(name: str, label: str, shape: Shape, device: str, steps: int, headdi
     if option in ("compile", "reduce"):
         compile_network(net, "reduce-overhead" if option == "reduce" else None)
     start = time.perf_counter()
-    step = Step(net, batch, graph=option == "graph")
+    step = Step(net, partial(loss_of, net, *batch), graph=option == "graph")
     for _ in range(3):
         step()
     if cuda:
@@ -277,13 +284,14 @@ def longest(name: str, device: str, headdim: int, most: int = 2**24) -> int:
     def fits(length: int) -> bool:
         shape = Shape(1, length, 256, 8)
         try:
-            step = Step(build(name, shape, headdim).to(device), shape.batch_of(device))
+            net = build(name, shape, headdim).to(device)
+            step = Step(net, partial(loss_of, net, *shape.batch_of(device)))
             step()
             torch.cuda.synchronize()
         except torch.cuda.OutOfMemoryError:
             return False
         finally:
-            step = None
+            net = step = None
             torch.cuda.empty_cache()
         return True
 
