@@ -10,6 +10,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from bimamba.checkpoint import check_paths, check_targets, did_you_mean
@@ -64,7 +65,7 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
             OmegaConf.update(merged, package, _raw(fresh, package), merge=False)
     for override in typed:
         if override not in groups and not override.key_or_group.startswith("hydra."):
-            _apply(merged, override)
+            _apply(merged, override, checkpoint.get("choices", {}))
     if cfg.stage == "fit":
         _refuse_another_optimizer(given, merged)
     OmegaConf.set_struct(merged, True)
@@ -107,17 +108,30 @@ def _refuse_other_recipes(groups: Sequence[Override], choices: Mapping[str, Any]
             )
 
 
-def _apply(cfg: DictConfig, override: Override) -> None:
+def _apply(cfg: DictConfig, override: Override, choices: Mapping[str, Any]) -> None:
     key = override.key_or_group
     if override.is_delete():
         raise ValueError(f"~{key}: keys of a checkpoint's configuration cannot be deleted; set them to null")
     plain_add = override.is_add() and not override.is_force_add()
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
-    if not plain_add and not (isinstance(node, DictConfig) and leaf in node):
+    there = isinstance(node, DictConfig) and leaf in node
+    if not (plain_add or there or _is_newer(key, node, choices)):
         known = flat_keys(cfg)
         raise ValueError(f"{key}: no such key in the checkpoint's configuration{did_you_mean(key, known)}")
     OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
+
+
+def _is_newer(key: str, node: Any, choices: Mapping[str, Any]) -> bool:
+    """Whether today's files of the groups that a checkpoint chose know an option that was not there when it was made."""
+    parent, _, leaf = key.rpartition(".")
+    files = [f"{g}={c}" for g, c in choices.items() if g.split("/")[0] in EVALUATED and isinstance(c, str)]
+    try:
+        today = OmegaConf.select(hydra.compose("train", ["~experiment", *files]), parent)
+    except HydraException:  # a file of that name is no more
+        return False
+    both = isinstance(today, DictConfig) and isinstance(node, DictConfig)
+    return both and leaf in today and today.get("_target_") == node.get("_target_")
 
 
 def flat_keys(cfg: Any, prefix: str = "") -> list[str]:

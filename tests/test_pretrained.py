@@ -358,3 +358,12 @@ def test_a_frozen_model_saves_whole(tmp_path):
     save_file(load_file(tmp_path / WEIGHTS) | {"more": torch.zeros(1)}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="unknown here"):
         Classifier.from_pretrained(tmp_path)
+
+
+def test_plain_weights_start_a_model_that_reads_both_strands(folder):
+    """No weight is new, and its logits are the mean of the plain model's of both strands."""
+    both, plain = make(seed=1, rc_equivariant=True), Classifier.from_pretrained(folder)
+    assert load_pretrained(both, folder) == []
+    tokens = torch.randint(1, 5, (2, 20), generator=torch.Generator().manual_seed(1))
+    expected = (plain(tokens) + plain((5 - tokens).flip(1))) / 2  # the complement of A C G T is T G C A
+    torch.testing.assert_close(both(tokens), expected, atol=1e-5, rtol=1e-5)
