@@ -123,7 +123,7 @@ def _apply(cfg: DictConfig, override: Override, choices: Mapping[str, Any]) -> N
 
 
 def _is_newer(key: str, node: Any, choices: Mapping[str, Any]) -> bool:
-    """Whether today's files of the groups that a checkpoint chose know an option that was not there when it was made."""
+    """Whether today's files of the groups that a checkpoint chose know an option that it was made without."""
     parent, _, leaf = key.rpartition(".")
     files = [f"{g}={c}" for g, c in choices.items() if g.split("/")[0] in EVALUATED and isinstance(c, str)]
     try:
