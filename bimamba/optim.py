@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -33,6 +33,7 @@ def parameter_groups(
     undecayed: set[str] | None = None,
     layer_decay: float | None = None,
     lr: float | None = None,
+    lr_scale: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """The optimizer groups `decay` and `no_decay` of a module's trainable parameters; shared parameters come once.
 
@@ -43,10 +44,13 @@ def parameter_groups(
         layer_decay: in (0, 1]: each layer's learning rate is that of the layer above times this (Clark et al. 2020,
             "ELECTRA"; Bao et al. 2022, "BEiT"), and each layer has groups of its own, `layer_0/decay` (the embedding)
             to `layer_<depth + 1>/decay` (norm, pooling, head), which has the rate `lr`. None: one rate for all.
-        lr: the highest rate; needed with `layer_decay`.
+        lr: the highest rate; needed with `layer_decay` and `lr_scale`.
+        lr_scale: factors of the rate by part of the network, `{"embedding": 0.1, "head": 10}`, which then has groups of
+            its own, `embedding/decay`. Of several keys that a parameter's name begins with the longest counts. None:
+            one rate for all.
 
     Raises:
-        ValueError: a layer_decay out of range or without a rate.
+        ValueError: a layer_decay or factor out of range or without a rate, or a part that is not there.
     """
     undecayed = undecayed_names(module) if undecayed is None else undecayed
     if layer_decay is not None and (not 0 < layer_decay <= 1 or lr is None):
@@ -57,17 +61,38 @@ def parameter_groups(
         if layer_decay is None
         else layer_numbers([_plain(n) for n, _ in module.named_parameters()])
     )
+    parts = _parts(module, lr_scale or {})
+    if parts and lr is None:
+        raise ValueError("lr_scale: expected an optimizer with lr")
     top = max(layers.values(), default=0)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named.items():
         kind, layer = ("no_decay" if name in undecayed else "decay"), layers[name]
-        key = kind if layer_decay is None else f"layer_{layer}/{kind}"
+        part, factor = parts.get(name, ("", 1.0))
+        key = "/".join(k for k in (part, "" if layer_decay is None else f"layer_{layer}", kind) if k)
         if key not in groups:
             groups[key] = {"name": key, "params": [], "weight_decay": weight_decay if kind == "decay" else 0.0}
-            if layer_decay is not None:
-                groups[key]["lr"] = lr * layer_decay ** (top - layer)  # type: ignore[operator]
+            if layer_decay is not None or part:
+                assert lr is not None
+                groups[key]["lr"] = lr * factor * (layer_decay or 1.0) ** (top - layer)
         groups[key]["params"].append(parameter)
     return sorted(groups.values(), key=lambda g: (layers[_first(named, g)], g["name"]))
+
+
+def _parts(module: nn.Module, lr_scale: Mapping[str, float]) -> dict[str, tuple[str, float]]:
+    """Key and factor of each parameter that a key of `lr_scale` names."""
+    found: dict[str, tuple[str, float]] = {}
+    names = [_plain(n) for n, _ in module.named_parameters()]
+    for part in sorted(lr_scale, key=len):
+        factor = lr_scale[part]
+        of_part = [n for n in names if n.removeprefix("net.").startswith(f"{part}.")]
+        if not of_part:
+            there = dict.fromkeys(n.removeprefix("net.").split(".")[0] for n in names)
+            raise ValueError(f"lr_scale: no parameters in {part!r}; expected one of {', '.join(there)}, or within them")
+        if not factor > 0:
+            raise ValueError(f"lr_scale.{part}: expected a factor above 0, got {factor}")
+        found |= dict.fromkeys(of_part, (part, float(factor)))
+    return found
 
 
 def layer_numbers(names: Iterable[str]) -> dict[str, int]:

@@ -120,6 +120,36 @@ def test_layers_learn_slower_the_lower_they_are():
         optim.parameter_groups(net, 0.3, layer_decay=0.5)
 
 
+def test_parts_have_rates_of_their_own():
+    net = nn.ModuleDict({"net": Classifier(SPEC, d_model=32, depth=2)})  # as a task holds it
+    scale = {"backbone": 0.5, "backbone.blocks.1": 0.25, "head": 10}
+    names = {id(p): n.removeprefix("net.") for n, p in net.named_parameters()}
+    groups = optim.parameter_groups(net, 0.3, lr=8.0, lr_scale=scale)
+    rate = {names[id(p)]: g.get("lr", 8.0) for g in groups for p in g["params"]}
+    assert sorted(rate) == sorted(names.values())
+    for name, found in rate.items():
+        expected = {"head": 80.0, "backbone": 4.0}.get(name.split(".")[0], 8.0)
+        assert found == (2.0 if name.startswith("backbone.blocks.1.") else expected), name
+    assert {g["name"] for g in groups} >= {"head/decay", "backbone/no_decay", "backbone.blocks.1/decay", "decay"}
+    free = {f"net.{names[id(p)]}" for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert free == optim.undecayed_names(net)
+    both = optim.parameter_groups(net, 0.3, layer_decay=0.5, lr=8.0, lr_scale={"embedding": 0.1})
+    assert {g["name"]: g["lr"] for g in both}["embedding/layer_0/decay"] == pytest.approx(8.0 * 0.5**3 * 0.1)
+
+
+@pytest.mark.parametrize(
+    ("scale", "lr", "message"),
+    [
+        ({"haed": 2.0}, 1.0, "lr_scale: no parameters in 'haed'; expected one of embedding, backbone, head"),
+        ({"head": 0.0}, 1.0, r"lr_scale\.head: expected a factor above 0, got 0"),
+        ({"head": 2.0}, None, "lr_scale: expected an optimizer with lr"),
+    ],
+)
+def test_wrong_scales_are_refused(scale, lr, message):
+    with pytest.raises(ValueError, match=message):
+        optim.parameter_groups(Classifier(SPEC, d_model=32, depth=1), 0.3, lr=lr, lr_scale=scale)
+
+
 def test_plateau_warms_up_and_falls_when_the_metric_stands_still():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     options = {"warmup": 2, "final_ratio": 0.2, "monitor": "val/mcc", "mode": "max", "patience": 0}

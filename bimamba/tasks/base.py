@@ -35,7 +35,7 @@ class Task(LightningModule):
         scheduler: partial of a schedule, `scheduler(optimizer, total_steps=…)` or, without such an argument,
             `scheduler(optimizer)`; stepped once per optimizer step, or a list of Lightning's scheduler dicts. None: the
             rate never changes.
-        layer_decay: see `optim.parameter_groups`.
+        layer_decay, lr_scale: see `optim.parameter_groups`.
         compile: compile the network with `torch.compile` for training and evaluation.
         compile_options: `mode`, `dynamic` and `backend` of `compilation.compile_network`.
         checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
@@ -51,13 +51,14 @@ class Task(LightningModule):
         compile_options: Mapping[str, Any] | None = None,
         checkpoint_extras: dict[str, Any] | None = None,
         layer_decay: float | None = None,
+        lr_scale: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.spec = spec
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.layer_decay = layer_decay
+        self.layer_decay, self.lr_scale = layer_decay, lr_scale
         self.checkpoint_extras = checkpoint_extras or {}
         self.undecayed = undecayed_names(self)
         self.train_loss = LossMean()
@@ -115,7 +116,8 @@ class Task(LightningModule):
     def configure_optimizers(self) -> Any:
         options = self.optimizer.keywords if isinstance(self.optimizer, partial) else {}
         decay, rate = options.get("weight_decay", 0.0), options.get("lr")
-        optimizer = self.optimizer(parameter_groups(self, decay, self.undecayed, self.layer_decay, rate))
+        groups = parameter_groups(self, decay, self.undecayed, self.layer_decay, rate, self.lr_scale)
+        optimizer = self.optimizer(groups)
         if self.scheduler is None:
             return optimizer
         if "total_steps" in inspect.signature(self.scheduler).parameters:

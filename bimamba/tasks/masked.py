@@ -28,7 +28,7 @@ class MaskedTokenTask(Task):
     Args:
         net: `net(inputs, mask) -> logits (b, l, letters)`, a `Classifier` with `model/pooling=tokens`.
         spec: its classes are the letters.
-        optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay: see `Task`.
+        optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay, lr_scale: see `Task`.
         label_smoothing: share of the target that is spread over all letters, in training alone.
 
     Raises:
@@ -48,8 +48,11 @@ class MaskedTokenTask(Task):
         compile_options: Mapping[str, Any] | None = None,
         checkpoint_extras: dict[str, Any] | None = None,
         layer_decay: float | None = None,
+        lr_scale: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay)
+        super().__init__(
+            net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay, lr_scale
+        )
         check_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
 

@@ -32,7 +32,7 @@ class SupervisedTask(Task):
             `scheduler(optimizer)`; stepped once per optimizer step. None: the rate never changes.
         label_smoothing, class_weights, pos_weight: see `losses.SampleLoss`. `"balanced"` reads the training split.
         calibration_bins, thresholds: see `metrics.make_metrics`.
-        layer_decay: see `optim.parameter_groups`.
+        layer_decay, lr_scale: see `optim.parameter_groups`.
         test_time_rc: in test and prediction (not in validation) read DNA on both strands, in twice the time, and take
             the mean of the logits, or of a regression's values. Of the logits, not of the probabilities: loss, metrics
             and calibration then belong to one output, and it is exactly what the same weights give with
@@ -64,9 +64,12 @@ class SupervisedTask(Task):
         compile_options: Mapping[str, Any] | None = None,
         checkpoint_extras: dict[str, Any] | None = None,
         layer_decay: float | None = None,
+        lr_scale: Mapping[str, float] | None = None,
         test_time_rc: bool = False,
     ) -> None:
-        super().__init__(net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay)
+        super().__init__(
+            net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay, lr_scale
+        )
         self.loss = SampleLoss(spec, label_smoothing, class_weights, pos_weight)
 
         self.test_time_rc = test_time_rc
