@@ -23,6 +23,7 @@ from scans import hardware, report
 from torch import Tensor
 
 from bimamba import config
+from bimamba.spec import DataSpec
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -37,13 +38,14 @@ def composed(overrides: list[str]) -> Any:
     return cfg
 
 
-def first_batch(cfg: Any, device: str) -> tuple[Any, dict[str, Any]]:
-    """The data module, and its first batch of a training, augmented."""
+def first_batch(cfg: Any, device: str) -> tuple[DataSpec, dict[str, Any]]:
+    """What the data are, and the first batch of a training, augmented."""
+    torch.manual_seed(0)
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup("fit")
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in next(iter(data.train_dataloader())).items()}
-    return data, data.transform(batch, training=True)
+    return data.spec, data.transform(batch, training=True)
 
 
 def loss_of(task: Any, batch: dict[str, Any], device: str) -> Tensor:
@@ -51,12 +53,11 @@ def loss_of(task: Any, batch: dict[str, Any], device: str) -> Tensor:
         return task.loss(task(batch), batch["label"]).mean()
 
 
-def measure(value: str, cfg: Any, device: str, steps: int) -> dict[str, Any]:
+def measure(value: str, cfg: Any, spec: DataSpec, batch: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
     cuda = device.startswith("cuda")
     torch.manual_seed(0)
-    data, batch = first_batch(cfg, device)
-    net = instantiate(cfg.model)(spec=data.spec)
-    task = instantiate(cfg.task)(net=net, spec=data.spec).to(device).train()
+    net = instantiate(cfg.model)(spec=spec)
+    task = instantiate(cfg.task)(net=net, spec=spec).to(device).train()
     row: dict[str, Any] = {"value": value, "parameters": sum(p.numel() for p in net.parameters())}
     for clock in ("eager", "graph") if cuda else ("eager",):
         if cuda:
@@ -82,10 +83,14 @@ def main() -> None:
     parser.add_argument("--name", default="experiment", help="of the result files")
     a = parser.parse_args()
     key, _, values = a.vary.partition("=")
-    rows = []
+    rows, read = [], None
     for value in values.split(",") if values else [""]:
         varied = [f"{key}={value}"] if values else []
-        rows.append(measure(value, composed([*a.overrides, *varied]), a.device, a.steps))
+        cfg = composed([*a.overrides, *varied])
+        if cfg.data != read:  # once, where the option is not of the data
+            read = cfg.data
+            spec, batch = first_batch(cfg, a.device)
+        rows.append(measure(value, cfg, spec, batch, a.device, a.steps))
         print(rows[-1], flush=True)
     report(a.name, rows, "value", "", f"step of bf16 autocast, {' '.join(a.overrides)}, {hardware(a.device)}")
 

@@ -16,7 +16,8 @@ def test_measures_an_arm_of_the_ablation():
     parameters = {}
     for arm in ("causal", "attention"):
         cfg = benchmark_experiment.composed([*overrides, f"ablation={arm}"])
-        row = benchmark_experiment.measure(arm, cfg, "cpu", steps=1)
+        spec, batch = benchmark_experiment.first_batch(cfg, "cpu")
+        row = benchmark_experiment.measure(arm, cfg, spec, batch, "cpu", steps=1)
         assert row["value"] == arm and row["eager, samples/s"] == pytest.approx(8e3 / row["eager, ms"])
         parameters[arm] = row["parameters"]
     assert parameters["causal"] != parameters["attention"]

@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bimamba.nn import ConvStem, PixelConvEmbedding
-from bimamba.nn.stem import _conv1d
+from bimamba.nn.stem import PowersConv1d
 from bimamba.spec import DataSpec
 
 IMAGE = DataSpec("image", "binary", ("no", "yes"), channels=3, height=8, width=12)
@@ -15,8 +16,8 @@ IMAGE = DataSpec("image", "binary", ("no", "yes"), channels=3, height=8, width=1
 @pytest.mark.parametrize(
     ("make", "l"),
     [
-        (partial(PixelConvEmbedding, channels=[4], kernel_sizes=[5, 5], strides=[1, 1]), 96),
-        (partial(PixelConvEmbedding, channels=[4, 6], kernel_sizes=[9, 27, 3], strides=[1, 5, 3]), 7),
+        (partial(PixelConvEmbedding, channels=[4], reach=[2, 0], strides=[1, 1]), 96),
+        (partial(PixelConvEmbedding, channels=[4, 6], reach=[4, 13, 1], strides=[1, 5, 3]), 7),
         (partial(ConvStem, channels=[], strides=[1]), 96),
         (partial(ConvStem, channels=[4, 6], strides=[2, 1, 2]), 6),
     ],
@@ -33,7 +34,7 @@ def test_sizes_and_gradients(make, l):
 
 def test_pixels_are_a_plain_sequence():
     """The same 96 pixels as rows of another length give the same tokens."""
-    layers = dict(channels=[4], kernel_sizes=[9, 9], strides=[1, 2])
+    layers = dict(channels=[4], reach=[4, 4], strides=[1, 2])
     stem = PixelConvEmbedding(IMAGE, 8, **layers)
     turned = PixelConvEmbedding(DataSpec(**(vars(IMAGE) | {"height": 16, "width": 6})), 8, **layers)
     turned.load_state_dict(stem.state_dict())
@@ -43,26 +44,34 @@ def test_pixels_are_a_plain_sequence():
 
 def test_a_token_sees_its_neighbourhood_alone():
     images = torch.randn(1, 3, 8, 12, requires_grad=True)
-    pixels = PixelConvEmbedding(IMAGE, 8, channels=[4], kernel_sizes=[7, 7], strides=[1, 4])
+    pixels = PixelConvEmbedding(IMAGE, 8, channels=[4], reach=[4, 9], strides=[1, 4])
     gradient = torch.autograd.grad(pixels(images)[0, 10].sum(), images)[0].abs().sum((0, 1)).flatten()
-    assert gradient.nonzero().flatten().tolist() == list(range(40 - 6, 40 + 7))
+    taps = [-8, -4, -2, -1, 0, 1, 2, 4, 8]
+    seen = {40 + a + b for a in taps for b in taps if abs(b) <= 4}  # an output of the second layer, seen by the first
+    assert gradient.nonzero().flatten().tolist() == sorted(seen)
     stem = ConvStem(IMAGE, 8, channels=[4], strides=[1, 2])
     assert stem.grid == (4, 6)
     seen = torch.autograd.grad(stem(images)[0, 6 * 2 + 3].sum(), images)[0].abs().sum((0, 1)).nonzero()
     assert seen.amin(0).tolist() == [2, 4] and seen.amax(0).tolist() == [6, 8]  # 5 x 5 around row 4, column 6
 
 
-@pytest.mark.parametrize(("l", "width", "stride"), [(96, 9, 2), (97, 7, 4), (98, 3, 5), (5, 11, 3)])
-def test_a_stride_is_that_of_a_convolution(l, width, stride):
-    x, conv = torch.randn(2, l, 6), torch.nn.Conv1d(6, 4, width, stride, padding=width // 2)
-    torch.testing.assert_close(_conv1d(x, conv), conv(x.transpose(1, 2)).transpose(1, 2), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize(("l", "reach", "stride"), [(96, 4, 2), (97, 3, 4), (98, 1, 5), (5, 8, 3), (7, 0, 2)])
+def test_powers_are_a_sparse_convolution(l, reach, stride):
+    sparse = PowersConv1d(6, 4, reach, stride)
+    far = sparse.taps[-1]
+    assert far <= reach and sparse.taps[0] == -far and len(sparse.taps) == 2 * reach.bit_length() + 1
+    weight = torch.zeros(4, 6, 2 * far + 1)
+    weight[:, :, [far + tap for tap in sparse.taps]] = sparse.proj.weight.unflatten(1, (-1, 6)).mT
+    x = torch.randn(2, l, 6)
+    expected = F.conv1d(x.mT, weight, sparse.proj.bias, stride, padding=far).mT
+    torch.testing.assert_close(sparse(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (partial(PixelConvEmbedding, kernel_sizes=[5, 4, 5]), "odd"),
-        (partial(PixelConvEmbedding, strides=[1, 0, 1]), "at least 1"),
+        (partial(PixelConvEmbedding, reach=[5, -1, 5, 5]), "reach: 0"),
+        (partial(PixelConvEmbedding, strides=[1, 0, 1, 1]), "at least 1"),
         (partial(PixelConvEmbedding, strides=[1, 2]), "for each of the channels"),
         (partial(ConvStem, channels=[4], strides=[1]), "a stride of 1 or 2 for each"),
         (partial(ConvStem, channels=[4], strides=[1, 3]), "a stride of 1 or 2"),
