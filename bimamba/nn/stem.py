@@ -35,9 +35,9 @@ class PixelConvEmbedding(nn.Module):
         self,
         spec: DataSpec,
         d_model: int,
-        channels: tuple[int, ...] = (64, 128, 192),
-        reach: tuple[int, ...] = (32, 32, 16, 8),
-        strides: tuple[int, ...] = (1, 2, 2, 2),
+        channels: tuple[int, ...] = (64, 128),
+        reach: tuple[int, ...] = (32, 16, 8),
+        strides: tuple[int, ...] = (2, 2, 2),
         positions: str = "learned",
     ) -> None:
         super().__init__()

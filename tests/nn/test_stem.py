@@ -70,8 +70,8 @@ def test_powers_are_a_sparse_convolution(l, reach, stride):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (partial(PixelConvEmbedding, reach=[5, -1, 5, 5]), "reach: 0"),
-        (partial(PixelConvEmbedding, strides=[1, 0, 1, 1]), "at least 1"),
+        (partial(PixelConvEmbedding, reach=[5, -1, 5]), "reach: 0"),
+        (partial(PixelConvEmbedding, strides=[1, 0, 1]), "at least 1"),
         (partial(PixelConvEmbedding, strides=[1, 2]), "for each of the channels"),
         (partial(ConvStem, channels=[4], strides=[1]), "a stride of 1 or 2 for each"),
         (partial(ConvStem, channels=[4], strides=[1, 3]), "a stride of 1 or 2"),
