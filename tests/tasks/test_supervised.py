@@ -1,6 +1,7 @@
 """The shared step: what it logs, that epochs and not batches are averaged, and optimizer wiring."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -145,3 +146,38 @@ def test_checkpoints_carry_spec_and_extras_and_load_safely(tmp_path):
 
 def test_compiled_names_stay(tmp_path):
     assert task(compile=True).state_dict().keys() == task().state_dict().keys()
+
+
+def test_a_fused_optimizer_may_clip_where_nothing_is_scaled():
+    """Lightning refuses it: that one would unscale gradients by itself, which without a scaler nobody does."""
+    moved = []
+    for options in ({"fused": True}, {"foreach": False}):
+        pl.seed_everything(0)
+        one = task(optimizer=partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1, **options))
+        before = one.net.head.weight.detach().clone()
+        quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer = pl.Trainer(max_epochs=2, precision="bf16-mixed", gradient_clip_val=0.1, **quiet)
+        trainer.fit(one, datamodule=Data(SPEC))
+        assert trainer.optimizers[0].param_groups[0]["fused"] is options.get("fused")
+        moved.append(one.net.head.weight.detach() - before)
+    assert moved[0].abs().max() > 1e-3
+    torch.testing.assert_close(*moved, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "device", "scaler", "expected"),
+    [
+        (partial(torch.optim.AdamW, lr=1.0), "cuda", None, {"fused": True}),
+        (partial(torch.optim.AdamW, lr=1.0), "cpu", None, {}),
+        (partial(torch.optim.AdamW, lr=1.0), "cuda", torch.amp.GradScaler("cpu"), {}),
+        (partial(torch.optim.AdamW, lr=1.0, foreach=True), "cuda", None, {}),
+        (partial(torch.optim.AdamW, lr=1.0, fused=False), "cuda", None, {}),
+        (partial(torch.optim.Adadelta, lr=1.0), "cuda", None, {}),
+        (lambda groups: torch.optim.AdamW(groups, lr=1.0), "cuda", None, {}),
+    ],
+)
+def test_gpus_get_the_fused_form(optimizer, device, scaler, expected):
+    one = task(optimizer=optimizer)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    one._trainer = SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace(scaler=scaler))
+    assert one._fused() == expected
