@@ -20,6 +20,8 @@ IMAGE = DataSpec("image", "binary", ("no", "yes"), channels=3, height=8, width=1
         (partial(PixelConvEmbedding, channels=[4, 6], reach=[4, 13, 1], strides=[1, 5, 3]), 7),
         (partial(ConvStem, channels=[], strides=[1]), 96),
         (partial(ConvStem, channels=[4, 6], strides=[2, 1, 2]), 6),
+        (partial(PixelConvEmbedding, channels=[4], reach=[2, 0], strides=[2, 1], residual=[2, 1]), 48),
+        (partial(ConvStem, channels=[4], strides=[2, 1], residual=[1, 2]), 24),
     ],
 )
 def test_sizes_and_gradients(make, l):
@@ -55,6 +57,30 @@ def test_a_token_sees_its_neighbourhood_alone():
     assert seen.amin(0).tolist() == [2, 4] and seen.amax(0).tolist() == [6, 8]  # 5 x 5 around row 4, column 6
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(PixelConvEmbedding, channels=[4], reach=[8, 2], strides=[4, 1]),
+        partial(ConvStem, channels=[4], strides=[1, 1]),
+    ],
+)
+def test_residual_layers_add_to_what_is_there(make):
+    plain, deep = make(IMAGE, 8), make(IMAGE, 8, residual=[2, 0])
+    missing = deep.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing and all(name.startswith("residual.0.") for name in missing)
+    images = torch.randn(2, 3, 8, 12)
+    assert not torch.allclose(plain(images), deep(images))
+    with torch.no_grad():
+        for parameter in deep.residual.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(plain(images), deep(images))
+
+
+def test_residual_layers_of_pixels_see_as_far_as_the_layer_before_them():
+    stem = PixelConvEmbedding(IMAGE, 8, channels=[4], reach=[8, 1], strides=[4, 2], residual=[1, 1])
+    assert stem.residual[0][0][-1].taps == [-2, -1, 0, 1, 2] and stem.residual[1][0][-1].taps == [0]
+
+
 @pytest.mark.parametrize(("l", "reach", "stride"), [(96, 4, 2), (97, 3, 4), (98, 1, 5), (5, 8, 3), (7, 0, 2)])
 def test_powers_are_a_sparse_convolution(l, reach, stride):
     sparse = PowersConv1d(6, 4, reach, stride)
@@ -76,6 +102,8 @@ def test_powers_are_a_sparse_convolution(l, reach, stride):
         (partial(ConvStem, channels=[4], strides=[1]), "a stride of 1 or 2 for each"),
         (partial(ConvStem, channels=[4], strides=[1, 3]), "a stride of 1 or 2"),
         (partial(ConvStem, channels=[4] * 3, strides=[2] * 4), "divides 8 and 12, got 16"),
+        (partial(ConvStem, channels=[4], strides=[1, 2], residual=[1]), "for each of the 2 strides, got .1."),
+        (partial(PixelConvEmbedding, residual=[0, -1, 0]), "0 or more"),
     ],
 )
 def test_bad_options(make, words):
