@@ -39,7 +39,7 @@ class Backbone(nn.Module):
 
     Args:
         d_model, depth: width and number of blocks. mixer: makes a block's mixer from `d_model`.
-        mlp, mlp_ratio, layer_scale, dropout, channel_mixer: see `Block`.
+        mlp, mlp_ratio, mlp_reach, layer_scale, dropout, channel_mixer: see `Block`.
         drop_path: rate of stochastic depth of the last block; it rises linearly from zero at the first.
         checkpoint_blocks: keep only the blocks' inputs for the backward pass and recompute the rest.
         scan_order: in which order the first, second, … block (and then from the beginning again) reads an image's
@@ -64,6 +64,7 @@ class Backbone(nn.Module):
         scan_order: Sequence[str] = ("rows",),
         grid: tuple[int, int] | None = None,
         channel_mixer: Callable[..., nn.Module] = ChannelMixer,
+        mlp_reach: int = 0,
     ) -> None:
         super().__init__()
         if depth < 1:
@@ -78,7 +79,8 @@ class Backbone(nn.Module):
         self.scan_order, self.grid = tuple(scan_order), grid
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(d_model, mixer, mlp, mlp_ratio, rate, layer_scale, dropout, channel_mixer) for rate in rates
+            Block(d_model, mixer, mlp, mlp_ratio, rate, layer_scale, dropout, channel_mixer, mlp_reach)
+            for rate in rates
         )
         self.norm = RMSNorm(d_model)
         self.checkpoint_blocks = checkpoint_blocks
@@ -171,6 +173,7 @@ class Classifier(HubModel):
         scan_order: Sequence[str] = ("rows",),
         rc_equivariant: bool = False,
         channel_mixer: Callable[..., nn.Module] = ChannelMixer,
+        mlp_reach: int = 0,
         pretrained: str | Path | None = None,
         freeze: str | int | None = None,
     ) -> None:
@@ -195,6 +198,7 @@ class Classifier(HubModel):
             scan_order,
             grid,
             channel_mixer,
+            mlp_reach,
         )
         self.head = Head(d_model, spec.num_outputs, head_dropout)
         if rc_equivariant:

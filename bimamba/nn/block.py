@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bimamba.nn.channel_mixer import ChannelMixer
 from bimamba.nn.norm import RMSNorm
+from bimamba.nn.powers import DepthwisePowersConv1d
 
 
 class DropPath(nn.Module):
@@ -49,10 +50,20 @@ class LayerScale(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers over the channels: "gelu", or "swiglu" (Shazeer 2020, arXiv:2002.05202) of 2/3 of the width."""
+    """Two layers over the channels: "gelu", or "swiglu" (Shazeer 2020, arXiv:2002.05202) of 2/3 of the width.
 
-    def __init__(self, d_model: int, ratio: float = 4.0, kind: str = "swiglu", dropout: float = 0.0) -> None:
+    Args:
+        d_model: width. ratio: hidden width over it. kind: "gelu" or "swiglu". dropout: of the hidden channels.
+        reach: how far the hidden channels (of swiglu: the gate's, as in the ConvGLU of Shi 2023, arXiv:2311.17132) look
+            to both sides, by `DepthwisePowersConv1d`; 0: not at all.
+    """
+
+    def __init__(
+        self, d_model: int, ratio: float = 4.0, kind: str = "swiglu", dropout: float = 0.0, reach: int = 0
+    ) -> None:
         super().__init__()
+        if reach < 0:
+            raise ValueError(f"mlp_reach: expected 0 or more, got {reach}")
         if kind not in ("gelu", "swiglu"):
             raise ValueError(f"mlp: expected 'gelu', 'swiglu' or 'channel_mixer', got {kind!r}")
         self.gated = kind == "swiglu"
@@ -62,14 +73,14 @@ class MLP(nn.Module):
         self.in_proj = nn.Linear(d_model, hidden * (2 if self.gated else 1))
         self.out_proj = nn.Linear(hidden, d_model)
         self.dropout = nn.Dropout(dropout)
+        self.conv = DepthwisePowersConv1d(hidden, reach) if reach else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.in_proj(x)
-        if self.gated:
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
-        else:
-            x = F.gelu(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        """x: `(b, l, d_model)`; mask and seq_idx matter to a convolution alone."""
+        gate, *rest = self.in_proj(x).chunk(2 if self.gated else 1, dim=-1)
+        if self.conv is not None:
+            gate = self.conv(gate, mask, seq_idx)
+        x = F.silu(gate) * rest[0] if self.gated else F.gelu(gate)
         return self.out_proj(self.dropout(x))
 
 
@@ -79,7 +90,7 @@ class Block(nn.Module):
     Args:
         d_model: width.
         mixer: makes the mixer from `d_model`; it maps `(b, l, d_model)`, mask and seq_idx to `(b, l, d_model)`.
-        mlp: None, "gelu", "swiglu" or "channel_mixer". mlp_ratio: of the MLPs, hidden width over `d_model`.
+        mlp: None, "gelu", "swiglu" or "channel_mixer". mlp_ratio, mlp_reach: `ratio` and `reach` of `MLP`.
         drop_path: rate of stochastic depth. layer_scale: first value of the branch's factors, None for none.
         dropout: on the branches, and inside the MLP.
         channel_mixer: makes the channel mixer from `d_model`.
@@ -95,8 +106,11 @@ class Block(nn.Module):
         layer_scale: float | None = None,
         dropout: float = 0.0,
         channel_mixer: Callable[..., nn.Module] = ChannelMixer,
+        mlp_reach: int = 0,
     ) -> None:
         super().__init__()
+        if mlp_reach and mlp not in ("gelu", "swiglu"):
+            raise ValueError(f"mlp_reach: expected 0 unless mlp is 'gelu' or 'swiglu', got {mlp_reach} and mlp={mlp!r}")
 
         def scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(d_model, layer_scale)
@@ -106,11 +120,11 @@ class Block(nn.Module):
         if mlp is not None:
             self.norm2, self.scale2 = RMSNorm(d_model, cast=True), scale()
             mixes = mlp == "channel_mixer"
-            self.mlp = channel_mixer(d_model) if mixes else MLP(d_model, mlp_ratio, mlp, dropout)
+            self.mlp = channel_mixer(d_model) if mixes else MLP(d_model, mlp_ratio, mlp, dropout, mlp_reach)
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         x = x + self.drop_path(self.scale1(self.dropout(self.mixer(self.norm1(x), mask, seq_idx))), seq_idx)
         if self.mlp is not None:
-            x = x + self.drop_path(self.scale2(self.dropout(self.mlp(self.norm2(x)))), seq_idx)
+            x = x + self.drop_path(self.scale2(self.dropout(self.mlp(self.norm2(x), mask, seq_idx))), seq_idx)
         return x

@@ -42,8 +42,9 @@ class ChannelMixer(nn.Module):
         self.offset = undecayed(nn.Parameter(torch.empty(d_model // group, group).normal_(std=0.02)))
         self.mixer = BiMamba2(group, d_state, d_conv, expand=expand, headdim=headdim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: `(b, l, d_model)`; the result has its shape, and each token's depends on that token alone."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        """x: `(b, l, d_model)`; the result has its shape, and each token's depends on that token alone, whatever mask
+        and seq_idx say."""
         if x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected (b, l, d_model) with d_model = {self.d_model}, got {tuple(x.shape)}")
         steps = x.unflatten(-1, self.offset.shape).flatten(0, -3)  # b*l steps group

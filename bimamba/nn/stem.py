@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba.nn.embedding import Positions, expect_kind
 from bimamba.nn.norm import RMSNorm
+from bimamba.nn.powers import PowersConv1d
 from bimamba.spec import DataSpec
 
 
@@ -70,8 +70,7 @@ class PixelConvEmbedding(Convolutions):
     width)` to `(b, tokens, d_model)`, `height * width` divided by each stride in turn, rounded up.
 
     Nothing here knows where a row ends. A layer looks at places 0, 1, 2, 4, ... up to `reach` before and behind
-    (`PowersConv1d`), so that a few layers see far, as in WaveNet and MultiresNet (Shi et al. 2023, arXiv:2305.01638);
-    where rows are as long as a power of two, one of the places is that above.
+    (`PowersConv1d`), so that a few layers see far.
 
     Args:
         spec, d_model: the data, and the width of a token.
@@ -116,32 +115,6 @@ class PixelConvEmbedding(Convolutions):
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.positions(self.convolve(inputs.flatten(2).transpose(1, 2)))
-
-
-class PowersConv1d(nn.Module):
-    """A one-dimensional convolution with taps at 0 and at powers of two to both sides, `(b, l, c)` to
-    `(b, ceil(l / stride), d)`; outside of the sequence are zeros.
-
-    As a product of the weights with the shifted copies side by side: eleven or thirteen taps instead of 33 or 65, and
-    no convolution whose dilation or stride cuDNN has no fast gradient for.
-
-    Args:
-        inputs, outputs: channels c and d. reach: the farthest tap, rounded down to a power of two; 0: that at 0 alone.
-        stride: between two outputs.
-    """
-
-    def __init__(self, inputs: int, outputs: int, reach: int, stride: int = 1) -> None:
-        super().__init__()
-        powers = [2**k for k in range(reach.bit_length())]
-        self.taps = [*(-p for p in reversed(powers)), 0, *powers]
-        self.stride = stride
-        self.proj = nn.Linear(len(self.taps) * inputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        l, reach = x.shape[1], self.taps[-1]
-        padded = F.pad(x, (0, 0, reach, reach))
-        copies = [padded[:, reach + tap : reach + tap + l : self.stride] for tap in self.taps]
-        return self.proj(torch.cat(copies, dim=-1))
 
 
 class ConvStem(Convolutions):

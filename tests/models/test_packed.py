@@ -86,7 +86,7 @@ def build(mixer="bimamba2", pooling="mean", positions="none", **options):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer(mixer):
-    check(build(mixer, mlp="swiglu"))
+    check(build(mixer, mlp="swiglu", mlp_reach=2))
 
 
 def test_channel_mixer():

@@ -4,10 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from bimamba.nn import ConvStem, PixelConvEmbedding
-from bimamba.nn.stem import PowersConv1d
 from bimamba.spec import DataSpec
 
 IMAGE = DataSpec("image", "binary", ("no", "yes"), channels=3, height=8, width=12)
@@ -79,18 +77,6 @@ def test_residual_layers_add_to_what_is_there(make):
 def test_residual_layers_of_pixels_see_as_far_as_the_layer_before_them():
     stem = PixelConvEmbedding(IMAGE, 8, channels=[4], reach=[8, 1], strides=[4, 2], residual=[1, 1])
     assert stem.residual[0][0][-1].taps == [-2, -1, 0, 1, 2] and stem.residual[1][0][-1].taps == [0]
-
-
-@pytest.mark.parametrize(("l", "reach", "stride"), [(96, 4, 2), (97, 3, 4), (98, 1, 5), (5, 8, 3), (7, 0, 2)])
-def test_powers_are_a_sparse_convolution(l, reach, stride):
-    sparse = PowersConv1d(6, 4, reach, stride)
-    far = sparse.taps[-1]
-    assert far <= reach and sparse.taps[0] == -far and len(sparse.taps) == 2 * reach.bit_length() + 1
-    weight = torch.zeros(4, 6, 2 * far + 1)
-    weight[:, :, [far + tap for tap in sparse.taps]] = sparse.proj.weight.unflatten(1, (-1, 6)).mT
-    x = torch.randn(2, l, 6)
-    expected = F.conv1d(x.mT, weight, sparse.proj.bias, stride, padding=far).mT
-    torch.testing.assert_close(sparse(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
