@@ -36,7 +36,7 @@ from .common import (
 from .descriptors import state_tiles, tiles
 
 
-@triton.jit(do_not_specialize=["L", "CHUNKS", "HEADS"])
+@triton.jit(do_not_specialize=["L", "CHUNKS", "NB", "HEADS"])
 def output_kernel(
     x,
     B,
@@ -52,6 +52,7 @@ def output_kernel(
     ungated,
     L,
     CHUNKS,
+    NB,
     H: tl.constexpr,
     G: tl.constexpr,
     P: tl.constexpr,
@@ -92,8 +93,14 @@ def output_kernel(
     pid //= BLOCKS_P
     i_first = (pid % (H // HEADS)) * HEADS
     pid //= H // HEADS
-    i_c = pid % CHUNKS
-    i_b = pid // CHUNKS
+    i_b = pid % NB
+    i_c = pid // NB
+    # What a walk touched last is still in the cache: with two directions the chunks at both edges, in turn (H100: n 128
+    # 231 -> 227 us, causal 117 -> 115; the gradients' stages gained nothing by it)
+    if BIDIRECTIONAL:
+        i_c = i_c // 2 + (i_c % 2) * (CHUNKS - 1 - 2 * (i_c // 2))
+    else:
+        i_c = CHUNKS - 1 - i_c
     o_l = i_c * K + i_half * Q
     o_far = i_c * K + (1 - i_half) * Q
     if o_l >= L:
@@ -331,6 +338,7 @@ def scan_output(
         ungated=wide(ungated),
         L=l,
         CHUNKS=chunks,
+        NB=b,
         H=h,
         G=problem.g,
         P=p,
