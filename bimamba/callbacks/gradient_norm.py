@@ -33,7 +33,7 @@ class GradientNorm(Callback):
             return
         if self.update_ratio:
             self._before = [p.detach().clone() for p in _trained(pl_module)]
-        pl_module.log("train/grad_norm", _norm(trainer, gradients, pl_module.device), on_step=True, on_epoch=False)
+        pl_module.log("train/grad_norm", _norm(trainer, gradients), on_step=True, on_epoch=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -42,7 +42,7 @@ class GradientNorm(Callback):
         if before is None:
             return
         moved = list(torch._foreach_sub([p.detach() for p in _trained(pl_module)], before)) if before else []
-        ratio = _norm(trainer, moved, pl_module.device) / _norm(trainer, before, pl_module.device)
+        ratio = _norm(trainer, moved) / _norm(trainer, before)
         pl_module.log("train/update_ratio", ratio, on_step=True, on_epoch=False)
 
 
@@ -50,8 +50,8 @@ def _trained(module: LightningModule) -> list[torch.nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad and p.numel()]
 
 
-def _norm(trainer: Trainer, tensors: list[Tensor], device: torch.device) -> Tensor:
-    norms = torch._foreach_norm(tensors) if tensors else [torch.zeros((), device=device)]
+def _norm(trainer: Trainer, tensors: list[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(tensors) if tensors else [torch.zeros((), device=trainer.strategy.root_device)]
     squared = torch.stack(norms).float().square().sum()
     if isinstance(trainer.strategy, FSDPStrategy):  # every process holds a shard
         squared = trainer.strategy.reduce(squared, reduce_op="sum")
