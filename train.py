@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -176,6 +177,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def main(cfg: DictConfig) -> float | None:
     """Hydra's entry; returns `optimized_metric` to a sweeper."""
     job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN and "LOCAL_RANK" not in os.environ:
+        # Lightning starts the other processes by this command line, and they would open a sweep's folder of their own
+        sys.argv.append(f'hydra.sweep.dir="{job.sweep.dir}"')
     try:
         with config.clear_errors(sweeping=job.mode == RunMode.MULTIRUN):
             metrics = train(cfg, job.overrides.task, job.runtime.choices)

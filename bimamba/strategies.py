@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
-    OptimStateKeyType,
+    MixedPrecision,
     StateDictType,
 )
 from torch.optim import Optimizer
@@ -22,18 +24,25 @@ from bimamba.nn.block import Block
 
 
 class ShardedStrategy(FSDPStrategy):
-    """Lightning's `FSDPStrategy` with one shard a block, whole checkpoints, and gloo on CPUs.
+    """Lightning's `FSDPStrategy` with one shard a block, checkpoints as those of one process, and gloo on CPUs.
 
-    Lightning refuses FSDP without GPUs; torch (2.13) trains all the same once it is told the device, but its way of
-    gathering whole weights on a CPU (`offload_to_cpu`) hands out memory that is freed a moment later and crashes. Here
-    whole weights are copied before. That is for trying a sharded run where there are no GPUs; on GPUs nothing of it
-    is used.
+    What differs:
+
+    * With `precision=bf16-mixed` or `16-mixed` parameters stay float32 and autocast alone decides what is computed in
+      16 bits, as it does without sharding. Lightning has FSDP cast every parameter, `A_log`, `dt_bias` and `D` too,
+      whose decays over thousands of tokens bf16 cannot tell apart, and sum gradients over processes in 16 bits.
+      `trainer.strategy.mixed_precision` still chooses something else.
+    * The optimizer's state is numbered by its groups, as every optimizer numbers it; Lightning (2.6) numbers it in the
+      network's order, in which the state of one process or of `trainer=ddp` goes to the wrong parameters.
+    * Lightning refuses FSDP without GPUs; torch (2.13) trains all the same once it is told the device, but its way of
+      gathering whole weights on a CPU (`offload_to_cpu`) hands out memory that is freed a moment later and crashes.
+      There whole weights are copied before.
 
     Args:
         options: those of Lightning's strategy. `state_dict_type` is `full`: checkpoints are as those of one process.
 
     Raises:
-        ValueError: another `state_dict_type`.
+        ValueError: another `state_dict_type`; (in setup) a compiled network, or one that was sharded before.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -49,9 +58,20 @@ class ShardedStrategy(FSDPStrategy):
     def _on_cpu(self) -> bool:
         return self.root_device.type == "cpu"
 
+    @property
+    def mixed_precision_config(self) -> MixedPrecision | None:
+        if self.mixed_precision is None and self.precision_plugin.precision in ("bf16-mixed", "16-mixed", "32-true"):
+            return None
+        return super().mixed_precision_config
+
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise ValueError("this network was sharded before: make it anew, or run stage=test from its checkpoint")
+        if any(module._compiled_call_impl is not None for module in model.modules()):
+            raise ValueError(
+                "task.compile: expected false with trainer=fsdp, whose blocks gather their weights between each other, "
+                "which one graph of the whole network cannot hold; trainer=ddp compiles"
+            )
         if not self._on_cpu:
             return super()._setup_model(model)
         return FullyShardedDataParallel(
@@ -64,29 +84,69 @@ class ShardedStrategy(FSDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole weights; on the first process alone where there are GPUs."""
-        if not self._on_cpu:
-            return super().lightning_module_state_dict()
         assert self.model is not None
-        with _whole(self.model):
-            return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        with self._whole(first_alone=True):
+            state = self.model.state_dict()
+            return {name: value.detach().clone() for name, value in state.items()} if self._on_cpu else state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's whole state, in the format of one process."""
-        if not self._on_cpu:
-            return super().optimizer_state(optimizer)
+        """The optimizer's whole state, as of one process; on the first process alone where there are GPUs."""
         assert self.model is not None
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning wraps it
-        with _whole(self.model):
+        with self._whole(first_alone=True):
             state = FullyShardedDataParallel.optim_state_dict(self.model, optimizer)
-        return FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, self.model)
+        if not state:
+            return state
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        return _renamed(state, {name: number for number, name in enumerate(names)})
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Weights, and in training the optimizers' states, each process its shards; whoever saved them, also one
+        process.
+
+        Raises:
+            ValueError: a checkpoint of another number of optimizers.
+        """
+        assert self.model is not None and self.lightning_module is not None
+        # Safe, whatever was asked for: these files hold tensors and plain values
+        checkpoint = torch.load(self.broadcast(checkpoint_path), map_location="cpu", mmap=True, weights_only=True)
+        training = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        with self._whole(first_alone=False):
+            weights = checkpoint.pop("state_dict")
+            self.model.load_state_dict(weights, strict=self.lightning_module.strict_loading)
+            states = checkpoint.get("optimizer_states", []) if training else []
+            if training and len(states) != len(self.optimizers):
+                raise ValueError(f"expected the states of {len(self.optimizers)} optimizer(s), got {len(states)}")
+            names = {p: _plain(n) for n, p in self.model.named_parameters()}
+            for optimizer, state in zip(self.optimizers, states, strict=False):
+                numbers = [number for group in state["param_groups"] for number in group["params"]]
+                own = [names[p] for group in optimizer.param_groups for p in group["params"]]
+                state = _renamed(state, dict(zip(numbers, own, strict=True)))
+                optimizer.load_state_dict(
+                    FullyShardedDataParallel.optim_state_dict_to_load(self.model, optimizer, state)
+                )
+        return checkpoint
+
+    @contextmanager
+    def _whole(self, first_alone: bool) -> Iterator[None]:
+        """States of the network and its optimizers are whole: on each process, or where GPUs make it dear (they would
+        hold it all) in the memory of the first one's host."""
+        options = {"offload_to_cpu": not self._on_cpu, "rank0_only": first_alone and not self._on_cpu}
+        assert self.model is not None
+        with FullyShardedDataParallel.state_dict_type(
+            self.model,
+            StateDictType.FULL_STATE_DICT,
+            FullStateDictConfig(**options),
+            FullOptimStateDictConfig(**options),
+        ):
+            yield
 
 
-@contextmanager
-def _whole(model: nn.Module) -> Iterator[None]:
-    with FullyShardedDataParallel.state_dict_type(
-        model,
-        StateDictType.FULL_STATE_DICT,
-        FullStateDictConfig(offload_to_cpu=False, rank0_only=False),
-        FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=False),
-    ):
-        yield
+def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other keys for its parameters."""
+    groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+def _plain(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "")

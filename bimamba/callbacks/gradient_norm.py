@@ -29,7 +29,7 @@ class GradientNorm(Callback):
         if (trainer.global_step + 1) % trainer.log_every_n_steps:
             return
         gradients = [p.grad.detach() for p in pl_module.parameters() if p.grad is not None]
-        if not gradients:
+        if not gradients and not isinstance(trainer.strategy, FSDPStrategy):  # a shard may hold none: others wait
             return
         if self.update_ratio:
             self._before = [p.detach().clone() for p in _trained(pl_module)]
@@ -41,7 +41,7 @@ class GradientNorm(Callback):
         before, self._before = self._before, None
         if before is None:
             return
-        moved = list(torch._foreach_sub([p.detach() for p in _trained(pl_module)], before))
+        moved = list(torch._foreach_sub([p.detach() for p in _trained(pl_module)], before)) if before else []
         ratio = _norm(trainer, moved) / _norm(trainer, before)
         pl_module.log("train/update_ratio", ratio, on_step=True, on_epoch=False)
 
@@ -51,7 +51,8 @@ def _trained(module: LightningModule) -> list[torch.nn.Parameter]:
 
 
 def _norm(trainer: Trainer, tensors: list[Tensor]) -> Tensor:
-    squared = torch.stack(torch._foreach_norm(tensors)).float().square().sum()
+    norms = torch._foreach_norm(tensors) if tensors else [torch.zeros((), device=trainer.strategy.root_device)]
+    squared = torch.stack(norms).float().square().sum()
     if isinstance(trainer.strategy, FSDPStrategy):  # every process holds a shard
         squared = trainer.strategy.reduce(squared, reduce_op="sum")
     return squared.sqrt()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
@@ -83,7 +82,7 @@ class NumericalHealth(Callback):
         window, losses, self._window, self._losses = self._window, self._losses, [], []
         if not losses:
             return
-        scaled = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # FSDP's plugin is no MixedPrecision
         fine = all_finite(losses + [p.grad for p in pl_module.parameters() if p.grad is not None and not scaled])
         if trainer.world_size > 1:
             fine = trainer.strategy.reduce_boolean_decision(fine, all=True)

@@ -60,14 +60,14 @@ class Throughput(Callback):
             self._tokens = self._tokens + batch["mask"].sum()  # stays on the device until it is logged
         else:
             self._tokens = self._tokens + samples * _tokens_per_image(pl_module)
-        logs = (batch_idx + 1) % trainer.log_every_n_steps == 0
-        if logs and pl_module.device.type == "cuda":
+        # Short epochs may never reach log_every_n_steps: the last batch of an epoch reports as well.
+        reports = (batch_idx + 1) % trainer.log_every_n_steps == 0 or trainer.is_last_batch
+        if reports and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         now = time.perf_counter()
         self._seconds += now - (self._last if self._last is not None else now)
         self._last = now
-        # Short epochs may never reach log_every_n_steps: the last batch of an epoch reports as well.
-        if self._seconds > 0 and (logs or trainer.is_last_batch):
+        if self._seconds > 0 and reports:
             factor = trainer.world_size / self._seconds
             rates = {"performance/samples_per_second": self._samples * factor}
             if tokens := int(self._tokens):

@@ -38,6 +38,9 @@ def compile_network(
     if backend == "inductor":
         _expect_compiler()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    # One graph under DistributedDataParallel too, not one a bucket of gradients: CUDA graphs stay whole, and buckets
+    # are summed while the optimizer's turn is prepared, which for networks of some million weights costs nothing.
+    torch._dynamo.config.optimize_ddp = False
     net.compile(fullgraph=True, mode=mode, dynamic=dynamic, backend=backend)
 
 
