@@ -23,7 +23,8 @@ Parts:
                 of the last one's.
     throughput  Same batch on EACH GPU, the experiment's own augmentation: `performance/samples_per_second`, the median
                 over stretches of some ten steps after the first two; waiting for data counts, validation and
-                checkpoints do not. One run at a time. Efficiency: rate on N / (N x rate on one GPU, without a strategy,
+                checkpoints do not. One run at a time, or (--beside) those of few GPUs at once on different ones, which
+                share the host alone. Efficiency: rate on N / (N x rate on one GPU, without a strategy,
                 of the same workload and mode). `patches` with DDP also as CUDA graphs
                 (task.compile_options.mode=reduce-overhead).
 
@@ -92,7 +93,7 @@ def workloads(a: argparse.Namespace, genome: Path) -> dict[str, Workload]:
     images = ("experiment=cifar10_patches", f"data.path={a.cifar}", "data.cache=device")
     size = ("model.d_model=256", "model.depth=8", "model.mixer.headdim=64", "data.window=16384", "data.num_workers=2")
     return {
-        "patches": Workload(images, STILL_IMAGES, 1024, 30, 240, 40, table=True),
+        "patches": Workload(images, STILL_IMAGES, 1024, 20, 240, 40, table=True),
         "dna_16k": Workload((*dna, *size), (), 8, 20, 140, 56),
     }
 
@@ -345,12 +346,14 @@ class Benchmark:
                     runs[name, f"{strategy} {mode}".strip(), n] = self.make(
                         "throughput", name, strategy, n, *extra, kind=mode
                     )
-        for (name, label, n), run in runs.items():
-            self.host.run([run], alone=True)
-            base = runs[name, label.replace("ddp", "single").replace("fsdp", "single"), 1]
-            rate, alone = self._rate(run), self._rate(base)
-            efficiency = rate / (n * alone) if rate and alone else None
-            self.row("throughput", run, label, **{"samples/s": rate, "efficiency": efficiency})
+        few = [key for key in runs if self.a.beside and key[2] < self.most]
+        for keys in (few, *([key] for key in runs if key not in few)):
+            self.host.run([runs[key] for key in keys], alone=keys is not few)
+            for name, label, n in keys:
+                base = runs[name, label.replace("ddp", "single").replace("fsdp", "single"), 1]
+                rate, alone = self._rate(runs[name, label, n]), self._rate(base)
+                efficiency = rate / (n * alone) if rate and alone else None
+                self.row("throughput", runs[name, label, n], label, **{"samples/s": rate, "efficiency": efficiency})
 
     def _rate(self, run: Run) -> float | None:
         """Samples a second over all GPUs, the median after the first two stretches."""
@@ -468,6 +471,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary one, deleted at the end")
     parser.add_argument("--timeout", type=float, default=150, help="seconds of one run")
     parser.add_argument("--minutes", type=float, default=60, help="no run begins after so many")
+    parser.add_argument("--beside", action="store_true", help="throughput: runs that leave GPUs free go side by side")
     parser.add_argument("--no-graph", action="store_true", help="leave out torch.compile")
     parser.add_argument("--tiny", action="store_true", help="a network, data and numbers of steps for a CPU")
     a = parser.parse_args(given)

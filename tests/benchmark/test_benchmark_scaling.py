@@ -40,7 +40,18 @@ def forked(monkeypatch):
 
 
 def test_all_parts(forked, tmp_path, capsys):
-    given = ["--device", "cpu", "--tiny", "--workloads", "dna_16k", "--strategies", "ddp", "--out", str(tmp_path)]
+    given = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--beside",
+        "--workloads",
+        "dna_16k",
+        "--strategies",
+        "ddp",
+        "--out",
+        str(tmp_path),
+    ]
     rows = benchmark_scaling.main([*given, "--work", str(tmp_path / "work")])
     assert [(r["part"], r["run"], r["GPUs"]) for r in rows] == [
         ("curves", "single", 1),
