@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conv1d.binding import kernel_flags
-from .conv1d.kernels import by_taps, conv_backward, conv_forward
+from .conv1d.kernels import by_taps, conv_backward, conv_forward, form_of
 from .conv1d.reference import taps_before
 from .entrance import below_autograd, differentiable, enter, implement
 from .gated_norm.kernels import norm_backward, norm_forward
@@ -139,7 +139,7 @@ def _backward(dout, projected, mask, seq_idx, *rest):
 
     dout = _rows(dout.to(projected.dtype).contiguous())
     dnormed = dout if p.out_weight is None else dout @ p.out_weight.to(dout.dtype)
-    dy, dnorm_weight, normed = norm_backward(
+    dy, dnorm_weights, normed = norm_backward(
         dnormed,
         _rows(y.view(z.shape)),
         _rows(z),
@@ -154,16 +154,16 @@ def _backward(dout, projected, mask, seq_idx, *rest):
     dt_grad = _joined(grads.dt, dim=-1)
     ddt.copy_(dt_grad if mask is None else dt_grad.masked_fill_(~mask[..., None], 0.0))
     dparts = [t for t in (grads.x, grads.B[0], grads.C[0], grads.B[1], grads.C[1]) if t is not None]
-    dconv_weight, dconv_bias = conv_backward(
-        [t.view(*z.shape[:2], -1) for t in dparts], xBC, *_conv_form(exact, form, p), *kernel_flags(mask, seq_idx), dxBC
-    )
+    flags = kernel_flags(mask, seq_idx)
+    dconv = conv_backward(_conv_form(exact, form, p, flags), dparts, xBC, exact.conv_weight, p.conv_bias, *flags, dxBC)
+    dconv = dconv.sum(0)
     gradients = Parameters(
-        conv_weight=dconv_weight[:, None],
-        conv_bias=dconv_bias,
+        conv_weight=dconv[:-1].t()[:, None],
+        conv_bias=None if p.conv_bias is None else dconv[-1],
         dt_bias=_joined(grads.bias),
         A_log=_joined(grads.A).mul_(exact.A),
         D=grads.D,
-        norm_weight=dnorm_weight,
+        norm_weight=dnorm_weights.sum(0),
         out_weight=dout_weight,
         out_bias=None if p.out_bias is None else dout.sum(0, dtype=torch.float32),
     )
@@ -210,7 +210,9 @@ def _exact(p: Parameters) -> _Exact:
 
 def _convolved(xBC: Tensor, dt: Tensor, mask, seq_idx, exact: _Exact, p: Parameters, form: Form) -> list[Tensor]:
     """dt, x, B, C and, untied, B and C of the backward direction, contiguous."""
-    parts = conv_forward(xBC, *_conv_form(exact, form, p), *kernel_flags(mask, seq_idx), _sizes(p, form))
+    flags = kernel_flags(mask, seq_idx)
+    parts = [xBC.new_empty((*xBC.shape[:2], size)) for size in _sizes(p, form)]
+    conv_forward(_conv_form(exact, form, p, flags), xBC, exact.conv_weight, p.conv_bias, *flags, parts)
     # softplus(-1e4) is exactly 0: padding neither decays nor adds
     dt = dt.clone(memory_format=torch.contiguous_format) if mask is None else dt.masked_fill(~mask[..., None], -1e4)
     return [dt, *parts]
@@ -238,9 +240,9 @@ def _widths(projected: Tensor, p: Parameters) -> list[int]:
     return [*sizes, projected.shape[-1] - sum(sizes)]
 
 
-def _conv_form(exact: _Exact, form: Form, p: Parameters) -> tuple:
+def _conv_form(exact: _Exact, form: Form, p: Parameters, flags: tuple):
     left = taps_before(p.conv_weight.shape[2], causal=not form.bidirectional)
-    return exact.conv_weight, p.conv_bias, form.activate, left
+    return form_of(exact.conv_weight, p.conv_bias, form.activate, left, *flags, _sizes(p, form))
 
 
 def _norm_form(form: Form) -> tuple:

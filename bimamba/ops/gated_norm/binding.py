@@ -50,8 +50,8 @@ def _forward(y, z, weight, eps, norm_before_gate, group_size, dtype):
 def _backward(dout, y, z, weight, eps, norm_before_gate, group_size):
     dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
     tensors = (rows(dout.contiguous()), rows(y.contiguous()), rows(z), weight)
-    dy, dweight, _ = norm_backward(*tensors, eps, norm_before_gate, group_size, dz=rows(dz))
-    return dy.view(y.shape), y.new_empty(0) if dz is None else dz, dweight.to(weight.dtype)
+    dy, sums, _ = norm_backward(*tensors, eps, norm_before_gate, group_size, dz=rows(dz))
+    return dy.view(y.shape), y.new_empty(0) if dz is None else dz, sums.sum(0).to(weight.dtype)
 
 
 def _forward_fake(y, z, weight, eps, norm_before_gate, group_size, dtype):

@@ -2,12 +2,14 @@
 
 # ruff: noqa: SIM102 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ceil_div, launch
+from ..launch import Launch, ceil_div
 
 PROGRAMS = 1024  # of the gradient, which sums its weight's gradient over the rows it walks
 
@@ -130,27 +132,31 @@ def norm_forward(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`(m, d)` in `dtype`, by default that of y; y `(m, d)` contiguous, z `(m, d)` with channels side by side."""
-    m, d = y.shape
     out = torch.empty_like(y, dtype=dtype)
-    shape = _shape(group_size)
-    launch(
+    stride = None if z is None else z.stride(0)
+    _forward(y.device, y.shape, stride, eps, norm_before_gate, group_size)(y=y, z=z, weight=weight, out=out)
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(
+    device: torch.device, shape: torch.Size, stride: int | None, eps: float, norm_before_gate: bool, group_size: int
+) -> Launch:
+    """`stride`: of z, None where there is none."""
+    (m, d), blocks = shape, _shape(group_size)
+    return Launch(
         norm_kernel,
-        ceil_div(m, shape["ROWS"]) * (d // group_size),
-        y.device,
-        y=y,
-        z=z,
-        weight=weight,
-        out=out,
+        ceil_div(m, blocks["ROWS"]) * (d // group_size),
+        device,
         M=m,
         eps=eps,
         D=d,
         GROUP=group_size,
-        STRIDE_Z=d if z is None else z.stride(0),
-        GATED=z is not None,
+        STRIDE_Z=d if stride is None else stride,
+        GATED=stride is not None,
         NORM_FIRST=norm_before_gate,
-        **shape,
+        **blocks,
     )
-    return out
 
 
 def norm_backward(
@@ -164,40 +170,49 @@ def norm_backward(
     dz: Tensor | None = None,
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dy `(m, d)`, dweight `(d)` fp32 and, if `again`, the output; `dz (m, d)` is written."""
-    m, d = y.shape
+    """dy `(m, d)`, `(parts, d)` fp32 that sums to dweight and, if `again`, the output; `dz (m, d)` is written."""
     dy = torch.empty_like(y)
     out = torch.empty_like(y) if again else None
-    shape = _shape(group_size)
-    blocks = ceil_div(m, shape["ROWS"])
-    steps = ceil_div(blocks, PROGRAMS)
-    parts = ceil_div(blocks, steps)
-    sums = torch.empty((parts, d), dtype=torch.float32, device=y.device)
-    launch(
+    strides = (None, None) if z is None or dz is None else (z.stride(0), dz.stride(0))
+    launch, parts = _backward(y.device, y.shape, *strides, eps, norm_before_gate, group_size, again)
+    sums = torch.empty((parts, y.shape[1]), dtype=torch.float32, device=y.device)
+    launch(dout=dout, y=y, z=z, weight=weight, dy=dy, dz=dz, out=out, sums=sums)
+    return dy, sums, out
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward(
+    device: torch.device,
+    shape: torch.Size,
+    stride: int | None,
+    stride_dz: int | None,
+    eps: float,
+    norm_before_gate: bool,
+    group_size: int,
+    again: bool,
+) -> tuple[Launch, int]:
+    """The launch, and how many parts it writes of the weight's gradient. `stride`: of z, None where there is none."""
+    (m, d), blocks = shape, _shape(group_size)
+    count = ceil_div(m, blocks["ROWS"])
+    steps = ceil_div(count, PROGRAMS)
+    parts = ceil_div(count, steps)
+    launch = Launch(
         norm_grad_kernel,
         parts * (d // group_size),
-        y.device,
-        dout=dout,
-        y=y,
-        z=z,
-        weight=weight,
-        dy=dy,
-        dz=dz,
-        out=out,
-        sums=sums,
+        device,
         M=m,
         eps=eps,
         STEPS=steps,
         D=d,
         GROUP=group_size,
-        STRIDE_Z=d if z is None else z.stride(0),
-        STRIDE_DZ=d if dz is None else dz.stride(0),
-        GATED=z is not None,
+        STRIDE_Z=d if stride is None else stride,
+        STRIDE_DZ=d if stride_dz is None else stride_dz,
+        GATED=stride is not None,
         NORM_FIRST=norm_before_gate,
         AGAIN=again,
-        **shape,
+        **blocks,
     )
-    return dy, sums.sum(0), out
+    return launch, parts
 
 
 def _shape(group_size: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bimamba.ops.conv1d.kernels import conv_backward, conv_forward
+from bimamba.ops.conv1d.kernels import conv_backward, conv_forward, form_of
 from bimamba.ops.gated_norm.kernels import norm_backward, norm_forward
 from bimamba.ops.ssd.kernels.choose import Problem, forced
 from bimamba.ops.ssd.kernels.scan import Inputs, Saved, scan_backward, scan_forward
@@ -99,10 +99,11 @@ def block_operators(dtype: torch.dtype) -> None:
     b, l, d, n = 2, 300, 256, 64
     projected = torch.empty(b, l, 2 * d + 2 * n + 8, dtype=dtype)
     z, xBC, _ = projected.split([d, d + 2 * n, 8], dim=-1)
-    form = (torch.empty(7, d + 2 * n), torch.empty(d + 2 * n), True, 3)
+    weight, bias = torch.empty(7, d + 2 * n), torch.empty(d + 2 * n)
     flags = torch.empty(b, l, dtype=torch.uint8), torch.empty(b, l, dtype=torch.int32)
-    parts = conv_forward(xBC, *form, *flags, [d, n, n])
-    conv_backward(parts, xBC, *form, *flags, torch.empty_like(projected)[..., d : 2 * d + 2 * n])
+    form, parts = form_of(weight, bias, True, 3, *flags, [d, n, n]), [xBC.new_empty(b, l, size) for size in (d, n, n)]
+    conv_forward(form, xBC, weight, bias, *flags, parts)
+    conv_backward(form, parts, xBC, weight, bias, *flags, torch.empty_like(projected)[..., d : 2 * d + 2 * n])
     y, z, weight = parts[0].flatten(0, 1), z.flatten(0, 1), torch.empty(d)
     norm_forward(y, z, weight, 1e-5, True, d)
     norm_backward(y, y, z, weight, 1e-5, True, d, dz=torch.empty_like(y), again=True)

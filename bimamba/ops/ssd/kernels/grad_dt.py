@@ -8,12 +8,14 @@ d(dt) passes through clamp (zero where it clamped) and softplus. `lines (b, h, s
 the reader's own row when shifted.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import ceil_div, launch
+from bimamba.ops.launch import Launch, ceil_div
 
 from .choose import Config, Problem
 from .common import ROW_LINES, softplus
@@ -25,13 +27,13 @@ def grad_dt_kernel(
     dt,
     A,
     bias,
-    least,
-    largest,
     rows,
     lines,
     crossing,
     ddt,
     sums,
+    least,
+    largest,
     L,
     PADDED,
     PARTS,
@@ -119,42 +121,46 @@ def grad_dt(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """ddt `(b, l, h)`, dA `(h)` and d(dt_bias) `(h)` of one set of parameters: of both directions, or of one;
     and dD, summed from its parts in the same launch."""
-    b, l, h = dt.shape
-    parts = problem.parts(config)
-    heads = 8
     ddt = torch.empty_like(dt)
-    sums = torch.empty((b * parts, 2, h), dtype=torch.float32, device=dt.device)
-    launch(
-        grad_dt_kernel,
-        b * parts * ceil_div(h, heads),
-        dt.device,
+    sums = torch.empty((problem.b * problem.parts(config), 2, problem.h), dtype=torch.float32, device=dt.device)
+    _launch(problem, config, forward, backward, bias is not None)(
         dt=dt,
         A=A,
         bias=bias,
-        least=float(problem.dt_limit[0]),
-        largest=float(problem.dt_limit[1]),
         rows=rows,
         lines=lines,
         crossing=crossing,
         ddt=ddt,
         sums=sums,
-        L=l,
+    )
+    return ddt, *totals(sums, dD)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(problem: Problem, config: Config, forward: bool, backward: bool, bias: bool) -> Launch:
+    parts, heads = problem.parts(config), 8
+    return Launch(
+        grad_dt_kernel,
+        problem.b * parts * ceil_div(problem.h, heads),
+        problem.device,
+        least=float(problem.dt_limit[0]),
+        largest=float(problem.dt_limit[1]),
+        L=problem.l,
         PADDED=problem.chunks(config) * config.chunk,
         PARTS=parts,
         SLOTS=problem.chunks(config) * config.halves,
-        H=h,
+        H=problem.h,
         Q=config.rows,
         HEADS=heads,
         SET=1 if problem.untied and not forward else 0,
         SETS=problem.sets,
         FORWARD=forward,
         BACKWARD=backward,
-        BLOCKS_N=crossing.shape[-1],
+        BLOCKS_N=problem.n2 // config.grad_bc_block_n,
         CROSSINGS=2 if problem.two_matrices and not problem.untied else 1,
         SHIFT=problem.shift,
         SOFTPLUS=problem.dt_softplus,
         LIMITED=problem.limited,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=bias,
         num_warps=4,
     )
-    return ddt, *totals(sums, dD)

@@ -2,12 +2,14 @@
 
 # ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import ceil_div, launch
+from bimamba.ops.launch import Launch, ceil_div
 
 
 @triton.jit(do_not_specialize=["size", "per_row"])
@@ -43,26 +45,29 @@ def reduce_parts(parts: list[Tensor], like: Tensor, steps: list[int] | None = No
 
     With `steps`, row l of the result takes row `l + step` of a tensor, nothing where that lies outside.
     """
-    steps = steps or [0] * len(parts)
     out = torch.empty_like(like)
-    launch(
+    _reduce(out.device, out.shape, parts[0].shape[0] // out.shape[0], tuple(steps or [0] * len(parts)))(
+        first=parts[0], second=parts[-1], out=out
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _reduce(device: torch.device, shape: torch.Size, parts: int, steps: tuple[int, ...]) -> Launch:
+    return Launch(
         reduce_kernel,
-        ceil_div(out.numel(), 1024),
-        out.device,
-        first=parts[0],
-        second=parts[-1],
-        out=out,
-        size=out.numel(),
-        per_row=out[0].numel(),
-        PARTS=parts[0].shape[0] // out.shape[0],
+        ceil_div(shape.numel(), 1024),
+        device,
+        size=shape.numel(),
+        per_row=shape[1:].numel(),
+        PARTS=parts,
         STEP=steps[0],
-        SECOND=len(parts) == 2,
+        SECOND=len(steps) == 2,
         STEP_SECOND=steps[-1],
-        WIDTH=out.shape[2] * out.shape[3],
+        WIDTH=shape[2] * shape[3],
         BLOCK=1024,
         num_warps=4,
     )
-    return out
 
 
 @triton.jit(do_not_specialize=["rows", "rows_D"])
@@ -107,26 +112,31 @@ def total_kernel(
 def totals(sums: Tensor, parts_D: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """dA `(h)`, d(dt_bias) `(h)` and dD of `sums (rows, 2, h)` and `parts_D (rows, h[, p])`: one launch for all
     three."""
-    h = sums.shape[2]
-    out = [torch.empty(h, dtype=torch.float32, device=sums.device) for _ in range(2)]
+    rows, _, h = sums.shape
+    dA, dbias = (torch.empty(h, dtype=torch.float32, device=sums.device) for _ in range(2))
     dD = None if parts_D is None else torch.empty(parts_D.shape[1:], dtype=torch.float32, device=sums.device)
-    width = 0 if dD is None else dD.numel()
-    block = 8
-    launch(
-        total_kernel,
-        2 * ceil_div(h, block) + ceil_div(width, block),
-        sums.device,
+    _totals(sums.device, h, rows, *((0, 0) if dD is None else (dD.numel(), parts_D.shape[0])))(
         sums=sums,
         parts_D=sums if dD is None else parts_D,
-        dA=out[0],
-        dbias=out[1],
-        dD=out[0] if dD is None else dD,
-        rows=sums.shape[0],
-        rows_D=0 if dD is None else parts_D.shape[0],
+        dA=dA,
+        dbias=dbias,
+        dD=dA if dD is None else dD,
+    )
+    return dA, dbias, dD
+
+
+@functools.lru_cache(maxsize=4096)
+def _totals(device: torch.device, h: int, rows: int, width_D: int, rows_D: int) -> Launch:
+    block = 8
+    return Launch(
+        total_kernel,
+        2 * ceil_div(h, block) + ceil_div(width_D, block),
+        device,
+        rows=rows,
+        rows_D=rows_D,
         H=h,
-        WIDTH_D=width,
+        WIDTH_D=width_D,
         ROWS=256,
         BLOCK=block,
         num_warps=4,
     )
-    return *out, dD

@@ -93,9 +93,7 @@ def scan_backward(problem: Problem, t: Inputs, saved: Saved, dy: Tensor, dfinal:
         leave=(None, None) if dinitial is None else (dinitial[0], dinitial[-1]),
         grad=True,
     )
-    lines = 4 + 2 * (problem.n2 // config.grad_bc_block_n)
-    shape = (problem.b, problem.h, problem.sets, lines, problem.chunks(config) * config.chunk)
-    lines = torch.empty(shape, dtype=torch.float32, device=t.x.device)
+    lines = torch.empty(problem.lines_shape(config), dtype=torch.float32, device=t.x.device)
     dB, dC, dB_back, dC_back, crossing = grad_bc(
         problem, config, t.x, dy, *matrices, states, grad_states, rows, lines, seq_idx=t.seq_idx
     )

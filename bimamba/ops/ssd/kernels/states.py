@@ -13,16 +13,18 @@ then passes. The forward pass also writes `rows`, which every later stage reads.
 
 # ruff: noqa: SIM102 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import Launch
 
 from .choose import Config, Problem
 from .common import LOG2E, ROW_LINES, load_tile, sequence_id, sequence_ids, step_size, store_state
-from .descriptors import state_tiles, tiles
+from .descriptors import line_tiles, tiles
 from .passing import pass_states
 
 
@@ -37,8 +39,6 @@ def states_kernel(
     A_back,
     bias,
     bias_back,
-    least,
-    largest,
     seq,
     enter_left,
     enter_right,
@@ -46,6 +46,8 @@ def states_kernel(
     leave_right,
     states,
     rows,
+    least,
+    largest,
     L,
     CHUNKS,
     H: tl.constexpr,
@@ -230,20 +232,11 @@ def chunk_states(
     With `grad`, `x` is dy and `B` is C. Writes `rows` unless `grad`. `enter` and `leave` are (at the left edge, at the
     right edge): states fp32 `(b, h, p, n)` to start from, and tensors that receive what arrives in the end.
     """
-    b, l, h, p = x.shape
     states = torch.empty(problem.states_shape(config), dtype=x.dtype, device=x.device)
-    blocks = (problem.p2 // config.block_p) * (problem.n2 // config.states_block_n)
-    fill = 1 if grad else config.fill
-    chunk, chunks = config.chunk * fill, problem.chunks(config) // fill
-    programs = b * h * problem.directions * blocks * (1 if config.walk else chunks)
-    tma = config.tma and not problem.untied  # a descriptor cannot be chosen by direction outside the loop
-    width = config.states_block_n
-    launch(
-        states_kernel,
-        programs,
-        x.device,
-        x=tiles(x, chunk, config.block_p, tma),
-        B=tiles(B, chunk, width, tma),
+    flags = (grad, bias[0] is not None, seq_idx is not None, enter[0] is not None, leave[0] is not None)
+    _launch(problem, config, *flags)(
+        x=x,
+        B=B,
         B_back=B_back,
         dt=dt[0],
         dt_back=dt[1],
@@ -251,20 +244,43 @@ def chunk_states(
         A_back=A[1],
         bias=bias[0],
         bias_back=bias[1],
-        least=float(problem.dt_limit[0]),
-        largest=float(problem.dt_limit[1]),
         seq=seq_idx,
         enter_left=enter[0],
         enter_right=enter[1],
         leave_left=leave[0],
         leave_right=leave[1],
-        states=state_tiles(states, config.block_p, width, tma),
+        states=states,
         rows=rows,
-        L=l,
+    )
+    if not config.walk:
+        pass_states(problem, config, states, rows, seq_idx=seq_idx, enter=enter, leave=leave, grad=grad)
+    return states
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(problem: Problem, config: Config, grad: bool, bias: bool, seq: bool, enter: bool, leave: bool) -> Launch:
+    """The flags: whether these are there."""
+    blocks = (problem.p2 // config.block_p) * (problem.n2 // config.states_block_n)
+    fill = 1 if grad else config.fill
+    chunk, chunks, width = config.chunk * fill, problem.chunks(config) // fill, config.states_block_n
+    tma = config.tma and not problem.untied  # a descriptor cannot be chosen by direction outside the loop
+    descriptors = dict(
+        x=tiles((problem.b, problem.l, problem.h, problem.p), chunk, config.block_p),
+        B=tiles((problem.b, problem.l, problem.g, problem.n), chunk, width),
+        states=line_tiles(problem.states_shape(config), config.block_p, width),
+    )
+    return Launch(
+        states_kernel,
+        problem.b * problem.h * problem.directions * blocks * (1 if config.walk else chunks),
+        problem.device,
+        descriptors if tma else {},
+        least=float(problem.dt_limit[0]),
+        largest=float(problem.dt_limit[1]),
+        L=problem.l,
         CHUNKS=chunks,
-        H=h,
+        H=problem.h,
         G=problem.g,
-        P=p,
+        P=problem.p,
         N=problem.n,
         Q=config.rows,
         HALVES=config.halves * fill,
@@ -279,17 +295,14 @@ def chunk_states(
         UNTIED=problem.untied,
         SHIFT=problem.shift,
         SOFTPLUS=problem.dt_softplus,
-        HAS_BIAS=bias[0] is not None,
+        HAS_BIAS=bias,
         LIMITED=problem.limited,
-        HAS_SEQ=seq_idx is not None,
-        HAS_ENTER=enter[0] is not None,
-        HAS_LEAVE=leave[0] is not None,
+        HAS_SEQ=seq,
+        HAS_ENTER=enter,
+        HAS_LEAVE=leave,
         STAGES=config.states_stages,
         TMA=tma,
         EXACT=problem.dtype == torch.float32,
         PRECISION=problem.precision,
         num_warps=config.states_warps,
     )
-    if not config.walk:
-        pass_states(problem, config, fill, states, rows, seq_idx=seq_idx, enter=enter, leave=leave, grad=grad)
-    return states
