@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..entrance import below_autograd, differentiable, enter, implement
+from ..totals import Total, totals
 from .kernels import by_taps, conv_backward, conv_forward, form_of
 from .reference import taps_before
 
@@ -70,9 +71,11 @@ def _backward(dys, x, weight, bias, mask, seq_idx, activate, causal, split):
     left = taps_before(weight.shape[1], causal)
     taps, flags = by_taps(weight), kernel_flags(mask, seq_idx)
     form = form_of(taps, bias, activate, left, *flags, split)
-    total = conv_backward(form, dys, rows_apart(x), taps, bias, *flags, dx).sum(0)
-    dbias = weight.new_empty(0) if bias is None else total[-1].to(bias.dtype).clone()
-    return dx, total[:-1].t().to(weight.dtype).contiguous(), dbias
+    sums = conv_backward(form, dys, rows_apart(x), taps, bias, *flags, dx)
+    dweight = weight.new_empty(weight.shape)
+    dbias = None if bias is None else bias.new_empty(bias.shape)
+    totals(Total(sums, dweight, dbias, taps=form.width))
+    return dx, dweight, weight.new_empty(0) if dbias is None else dbias
 
 
 def _forward_fake(x, weight, bias, mask, seq_idx, activate, causal, split):

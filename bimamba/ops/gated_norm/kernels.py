@@ -129,21 +129,22 @@ def norm_forward(
     eps: float,
     norm_before_gate: bool,
     group_size: int,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`(m, d)` in `dtype`, by default that of y; y `(m, d)` contiguous, z `(m, d)` with channels side by side."""
-    out = torch.empty_like(y, dtype=dtype)
-    stride = None if z is None else z.stride(0)
-    _forward(y.device, y.shape, stride, eps, norm_before_gate, group_size)(y=y, z=z, weight=weight, out=out)
-    return out
+    out: Tensor,
+) -> None:
+    """Writes `out`; y and out contiguous, of any shape whose rows are as long as weight `(d)`; z `(..., d)` with rows
+    at one distance."""
+    d = weight.shape[0]
+    stride = None if z is None else z.stride(-2)
+    launch = _forward(y.device, y.numel() // d, d, stride, eps, norm_before_gate, group_size)
+    launch(y=y, z=z, weight=weight, out=out)
 
 
 @functools.lru_cache(maxsize=4096)
 def _forward(
-    device: torch.device, shape: torch.Size, stride: int | None, eps: float, norm_before_gate: bool, group_size: int
+    device: torch.device, m: int, d: int, stride: int | None, eps: float, norm_before_gate: bool, group_size: int
 ) -> Launch:
     """`stride`: of z, None where there is none."""
-    (m, d), blocks = shape, _shape(group_size)
+    blocks = _shape(group_size)
     return Launch(
         norm_kernel,
         ceil_div(m, blocks["ROWS"]) * (d // group_size),
@@ -170,12 +171,14 @@ def norm_backward(
     dz: Tensor | None = None,
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dy `(m, d)`, `(parts, d)` fp32 that sums to dweight and, if `again`, the output; `dz (m, d)` is written."""
+    """dy, dweight in parts `(parts, d)` fp32 and, if `again`, the output; shapes as in the forward pass. `dz`, with
+    rows at one distance, is written."""
+    d = weight.shape[0]
     dy = torch.empty_like(y)
     out = torch.empty_like(y) if again else None
-    strides = (None, None) if z is None or dz is None else (z.stride(0), dz.stride(0))
-    launch, parts = _backward(y.device, y.shape, *strides, eps, norm_before_gate, group_size, again)
-    sums = torch.empty((parts, y.shape[1]), dtype=torch.float32, device=y.device)
+    strides = (None, None) if z is None or dz is None else (z.stride(-2), dz.stride(-2))
+    launch, parts = _backward(y.device, y.numel() // d, d, *strides, eps, norm_before_gate, group_size, again)
+    sums = torch.empty((parts, d), dtype=torch.float32, device=y.device)
     launch(dout=dout, y=y, z=z, weight=weight, dy=dy, dz=dz, out=out, sums=sums)
     return dy, sums, out
 
@@ -183,7 +186,8 @@ def norm_backward(
 @functools.lru_cache(maxsize=4096)
 def _backward(
     device: torch.device,
-    shape: torch.Size,
+    m: int,
+    d: int,
     stride: int | None,
     stride_dz: int | None,
     eps: float,
@@ -191,8 +195,8 @@ def _backward(
     group_size: int,
     again: bool,
 ) -> tuple[Launch, int]:
-    """The launch, and how many parts it writes of the weight's gradient. `stride`: of z, None where there is none."""
-    (m, d), blocks = shape, _shape(group_size)
+    """The launch, and in how many parts it writes dweight. `stride`: of z, None where there is none."""
+    blocks = _shape(group_size)
     count = ceil_div(m, blocks["ROWS"])
     steps = ceil_div(count, PROGRAMS)
     parts = ceil_div(count, steps)

@@ -22,8 +22,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bimamba.ops.conv1d.kernels import conv_backward, conv_forward, form_of
 from bimamba.ops.gated_norm.kernels import norm_backward, norm_forward
+from bimamba.ops.prepare import prepare
 from bimamba.ops.ssd.kernels.choose import Problem, forced
 from bimamba.ops.ssd.kernels.scan import Inputs, Saved, scan_backward, scan_forward
+from bimamba.ops.totals import Total, totals
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
 TARGETS = {"cuda:80": (80, 32), "cuda:90": (90, 32), "cuda:100": (100, 32), "hip:gfx942": ("gfx942", 64)}
@@ -88,7 +90,7 @@ def compile_all(target: str, dtype: torch.dtype, flags: dict, config: dict) -> l
     inputs = Inputs(x, (dt, dt), (A, A), (B, B), (B, B), (A, A), A, z, seq, (state, state))
     with forced(**config):
         _, _, saved = scan_forward(problem, inputs, save=True, keep_ungated=True, final=state is not None)
-        scan_backward(problem, inputs, Saved(*saved), x, None)
+        scan_backward(problem, inputs, Saved(*saved), x, None, (dt, dt))
     if flags.get("block", True):
         block_operators(dtype)
     return seen
@@ -105,8 +107,11 @@ def block_operators(dtype: torch.dtype) -> None:
     conv_forward(form, xBC, weight, bias, *flags, parts)
     conv_backward(form, parts, xBC, weight, bias, *flags, torch.empty_like(projected)[..., d : 2 * d + 2 * n])
     y, z, weight = parts[0].flatten(0, 1), z.flatten(0, 1), torch.empty(d)
-    norm_forward(y, z, weight, 1e-5, True, d)
-    norm_backward(y, y, z, weight, 1e-5, True, d, dz=torch.empty_like(y), again=True)
+    norm_forward(y, z, weight, 1e-5, True, d, torch.empty_like(y))
+    _, parts, _ = norm_backward(y, y, z, weight, 1e-5, True, d, dz=torch.empty_like(y), again=True)
+    A, _ = prepare(torch.empty(4), torch.empty(d, 1, 7))
+    heads = Total(torch.empty(3, 2, 4), torch.empty(4), torch.empty(4), factor=A)
+    totals(heads, Total(torch.empty(3, 8, d), torch.empty(d, 1, 7), bias, taps=7), Total(parts, weight))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the reader's own row when shifted.
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +18,6 @@ from bimamba.ops.launch import Launch, ceil_div
 
 from .choose import Config, Problem
 from .common import ROW_LINES, softplus
-from .reduce import totals
 
 
 @triton.jit(do_not_specialize=["L", "PADDED", "PARTS", "SLOTS"])
@@ -27,6 +25,7 @@ def grad_dt_kernel(
     dt,
     A,
     bias,
+    mask,
     rows,
     lines,
     crossing,
@@ -51,6 +50,9 @@ def grad_dt_kernel(
     SOFTPLUS: tl.constexpr,
     LIMITED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDE_DDT: tl.constexpr,
 ):
     LINES: tl.constexpr = 4 + 2 * BLOCKS_N
     HEAD_BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
@@ -88,8 +90,8 @@ def grad_dt_kernel(
                 own -= read
     da = tl.cumsum(in_reverse, 1, reverse=True) + tl.cumsum(in_order, 1) + own + crossed[:, None]
 
-    p_dt = (i_b * L + o_l)[None, :] * H + i_h[:, None]
-    v = tl.load(dt + p_dt, mask=m, other=0.0).to(tl.float32)
+    o_row = (i_b * L + o_l)[None, :]
+    v = tl.load(dt + o_row * STRIDE + i_h[:, None], mask=m, other=0.0).to(tl.float32)
     if HAS_BIAS:
         v += tl.load(bias + i_h, mask=m_h, other=0.0)[:, None]
     grad = da * tl.load(A + i_h, mask=m_h, other=0.0)[:, None] + direct
@@ -99,10 +101,12 @@ def grad_dt_kernel(
     if SOFTPLUS:
         grad = grad / (1.0 + tl.exp(-v))
     grad = tl.where(m, grad, 0.0)
-    tl.store(ddt + p_dt, grad.to(ddt.dtype.element_ty), mask=m)
-    p_sums = sums + (i_b * PARTS + i_part) * 2 * H + i_h
+    if HAS_MASK:
+        grad = tl.where((tl.load(mask + i_b * L + o_l, mask=o_l < L, other=0) != 0)[None, :], grad, 0.0)
+    tl.store(ddt + o_row * STRIDE_DDT + i_h[:, None], grad.to(ddt.dtype.element_ty), mask=m)
+    p_sums = sums + ((i_b * PARTS + i_part) * 2 * SETS + SET) * H + i_h
     tl.store(p_sums, tl.sum(tl.where(m, da * delta, 0.0), 1), mask=m_h)
-    tl.store(p_sums + H, tl.sum(grad, 1), mask=m_h)
+    tl.store(p_sums + SETS * H, tl.sum(grad, 1), mask=m_h)
 
 
 def grad_dt(
@@ -111,33 +115,43 @@ def grad_dt(
     dt: Tensor,
     A: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     rows: Tensor,
     lines: Tensor,
     crossing: Tensor,
-    dD: Tensor | None,
+    ddt: Tensor,
+    sums: Tensor,
     *,
     forward: bool,
     backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """ddt `(b, l, h)`, dA `(h)` and d(dt_bias) `(h)` of one set of parameters: of both directions, or of one;
-    and dD, summed from its parts in the same launch."""
-    ddt = torch.empty_like(dt)
-    sums = torch.empty((problem.b * problem.parts(config), 2, problem.h), dtype=torch.float32, device=dt.device)
-    _launch(problem, config, forward, backward, bias is not None)(
+) -> None:
+    """Writes ddt `(b, l, h)`, its rows at one distance, and into `sums (b * parts, 2, sets * h)` fp32 dA and d(dt_bias)
+    in parts: those of one set of parameters, of both directions or of one."""
+    flags = (forward, backward, bias is not None, mask is not None)
+    _launch(problem, config, dt.stride(1), ddt.stride(1), *flags)(
         dt=dt,
         A=A,
         bias=bias,
+        mask=mask,
         rows=rows,
         lines=lines,
         crossing=crossing,
         ddt=ddt,
         sums=sums,
     )
-    return ddt, *totals(sums, dD)
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch(problem: Problem, config: Config, forward: bool, backward: bool, bias: bool) -> Launch:
+def _launch(
+    problem: Problem,
+    config: Config,
+    stride: int,
+    stride_ddt: int,
+    forward: bool,
+    backward: bool,
+    bias: bool,
+    mask: bool,
+) -> Launch:
     parts, heads = problem.parts(config), 8
     return Launch(
         grad_dt_kernel,
@@ -162,5 +176,8 @@ def _launch(problem: Problem, config: Config, forward: bool, backward: bool, bia
         SOFTPLUS=problem.dt_softplus,
         LIMITED=problem.limited,
         HAS_BIAS=bias,
+        HAS_MASK=mask,
+        STRIDE=stride,
+        STRIDE_DDT=stride_ddt,
         num_warps=4,
     )

@@ -1,7 +1,5 @@
 """Sums of partial gradients in a fixed order: no float atomics, so two runs give the same bits."""
 
-# ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
-
 import functools
 
 import torch
@@ -66,77 +64,5 @@ def _reduce(device: torch.device, shape: torch.Size, parts: int, steps: tuple[in
         STEP_SECOND=steps[-1],
         WIDTH=shape[2] * shape[3],
         BLOCK=1024,
-        num_warps=4,
-    )
-
-
-@triton.jit(do_not_specialize=["rows", "rows_D"])
-def total_kernel(
-    sums,
-    parts_D,
-    dA,
-    dbias,
-    dD,
-    rows,
-    rows_D,
-    H: tl.constexpr,
-    WIDTH_D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    BLOCKS: tl.constexpr = (H + BLOCK - 1) // BLOCK
-    pid = tl.program_id(0)
-    which = pid // BLOCKS  # 0: dA, 1: dbias, then dD
-    o_c = (pid - tl.minimum(which, 2) * BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    width = tl.where(which < 2, H, WIDTH_D)
-    stride = tl.where(which < 2, 2 * H, WIDTH_D)
-    count = tl.where(which < 2, rows, rows_D)
-    if which < 2:
-        p_in = sums + which * H
-    else:
-        p_in = parts_D
-    acc = tl.zeros((ROWS, BLOCK), tl.float32)
-    for o_r in range(0, count, ROWS):
-        r = o_r + tl.arange(0, ROWS)
-        m = (r < count)[:, None] & (o_c < width)[None, :]
-        acc += tl.load(p_in + r.to(tl.int64)[:, None] * stride + o_c[None, :], mask=m, other=0.0)
-    if which == 0:
-        p_out = dA
-    elif which == 1:
-        p_out = dbias
-    else:
-        p_out = dD
-    tl.store(p_out + o_c, tl.sum(acc, 0), mask=o_c < width)
-
-
-def totals(sums: Tensor, parts_D: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dA `(h)`, d(dt_bias) `(h)` and dD of `sums (rows, 2, h)` and `parts_D (rows, h[, p])`: one launch for all
-    three."""
-    rows, _, h = sums.shape
-    dA, dbias = (torch.empty(h, dtype=torch.float32, device=sums.device) for _ in range(2))
-    dD = None if parts_D is None else torch.empty(parts_D.shape[1:], dtype=torch.float32, device=sums.device)
-    _totals(sums.device, h, rows, *((0, 0) if dD is None else (dD.numel(), parts_D.shape[0])))(
-        sums=sums,
-        parts_D=sums if dD is None else parts_D,
-        dA=dA,
-        dbias=dbias,
-        dD=dA if dD is None else dD,
-    )
-    return dA, dbias, dD
-
-
-@functools.lru_cache(maxsize=4096)
-def _totals(device: torch.device, h: int, rows: int, width_D: int, rows_D: int) -> Launch:
-    block = 8
-    return Launch(
-        total_kernel,
-        2 * ceil_div(h, block) + ceil_div(width_D, block),
-        device,
-        rows=rows,
-        rows_D=rows_D,
-        H=h,
-        WIDTH_D=width_D,
-        ROWS=256,
-        BLOCK=block,
         num_warps=4,
     )

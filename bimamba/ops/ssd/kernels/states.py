@@ -39,6 +39,7 @@ def states_kernel(
     A_back,
     bias,
     bias_back,
+    mask,
     seq,
     enter_left,
     enter_right,
@@ -56,6 +57,7 @@ def states_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
+    STRIDE_DT: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,6 +71,7 @@ def states_kernel(
     SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LIMITED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_SEQ: tl.constexpr,
     HAS_ENTER: tl.constexpr,
     HAS_LEAVE: tl.constexpr,
@@ -130,8 +133,11 @@ def states_kernel(
     else:
         decay = tl.load(A + i_h).to(tl.float32) * LOG2E
         offset = tl.load(bias + i_h).to(tl.float32) if HAS_BIAS else 0.0
-        p_dt = dt + i_b.to(tl.int64) * L * H + i_h
-        ahead = tl.load(p_dt + (first * K + o_k).to(tl.int64) * H, mask=first * K + o_k < L, other=0.0)
+        p_dt = dt + i_b.to(tl.int64) * L * STRIDE_DT + i_h
+        ahead = tl.load(p_dt + (first * K + o_k).to(tl.int64) * STRIDE_DT, mask=first * K + o_k < L, other=0.0)
+        if HAS_MASK:
+            p_mask = mask + i_b.to(tl.int64) * L
+            ahead_mask = tl.load(p_mask + first * K + o_k, mask=first * K + o_k < L, other=0)
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     o_pn = (o_p + tl.arange(0, BLOCK_P))[:, None] * N + (o_n + tl.arange(0, BLOCK_N))[None, :]
     m_pn = ((o_p + tl.arange(0, BLOCK_P)) < P)[:, None] & ((o_n + tl.arange(0, BLOCK_N)) < N)[None, :]
@@ -166,9 +172,12 @@ def states_kernel(
             w = tl.exp2(tl.where(own == 0, v, total - v))
         else:
             o_next = i_next * K + o_k
-            ahead = tl.load(p_dt + o_next.to(tl.int64) * H, mask=(o_next >= 0) & (o_next < L), other=0.0)
+            ahead = tl.load(p_dt + o_next.to(tl.int64) * STRIDE_DT, mask=(o_next >= 0) & (o_next < L), other=0.0)
             delta = step_size(v.to(tl.float32) + offset, least, largest, SOFTPLUS, LIMITED)
             delta = tl.where(o_l + o_k < L, delta, 0.0)
+            if HAS_MASK:
+                delta = tl.where(ahead_mask != 0, delta, 0.0)
+                ahead_mask = tl.load(p_mask + o_next, mask=(o_next >= 0) & (o_next < L), other=0)
             a = delta * decay
             s = tl.cumsum(a, 0)
             total = tl.min(s, 0)  # the last one
@@ -221,6 +230,7 @@ def chunk_states(
     dt: tuple = (None, None),
     A: tuple = (None, None),
     bias: tuple = (None, None),
+    mask: Tensor | None = None,
     seq_idx: Tensor | None = None,
     enter: tuple = (None, None),
     leave: tuple = (None, None),
@@ -233,8 +243,8 @@ def chunk_states(
     right edge): states fp32 `(b, h, p, n)` to start from, and tensors that receive what arrives in the end.
     """
     states = torch.empty(problem.states_shape(config), dtype=x.dtype, device=x.device)
-    flags = (grad, bias[0] is not None, seq_idx is not None, enter[0] is not None, leave[0] is not None)
-    _launch(problem, config, *flags)(
+    flags = (bias[0] is not None, mask is not None, seq_idx is not None, enter[0] is not None, leave[0] is not None)
+    _launch(problem, config, grad, 0 if grad else dt[0].stride(1), *flags)(
         x=x,
         B=B,
         B_back=B_back,
@@ -244,6 +254,7 @@ def chunk_states(
         A_back=A[1],
         bias=bias[0],
         bias_back=bias[1],
+        mask=mask,
         seq=seq_idx,
         enter_left=enter[0],
         enter_right=enter[1],
@@ -258,7 +269,17 @@ def chunk_states(
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch(problem: Problem, config: Config, grad: bool, bias: bool, seq: bool, enter: bool, leave: bool) -> Launch:
+def _launch(
+    problem: Problem,
+    config: Config,
+    grad: bool,
+    stride_dt: int,
+    bias: bool,
+    mask: bool,
+    seq: bool,
+    enter: bool,
+    leave: bool,
+) -> Launch:
     """The flags: whether these are there."""
     blocks = (problem.p2 // config.block_p) * (problem.n2 // config.states_block_n)
     fill = 1 if grad else config.fill
@@ -284,6 +305,7 @@ def _launch(problem: Problem, config: Config, grad: bool, bias: bool, seq: bool,
         N=problem.n,
         Q=config.rows,
         HALVES=config.halves * fill,
+        STRIDE_DT=stride_dt,
         SLOTS=fill,
         BLOCK_P=config.block_p,
         BLOCK_N=width,
@@ -297,6 +319,7 @@ def _launch(problem: Problem, config: Config, grad: bool, bias: bool, seq: bool,
         SOFTPLUS=problem.dt_softplus,
         HAS_BIAS=bias,
         LIMITED=problem.limited,
+        HAS_MASK=mask,
         HAS_SEQ=seq,
         HAS_ENTER=enter,
         HAS_LEAVE=leave,
