@@ -139,7 +139,7 @@ def _problem(make, x, dt, A, B, C, dt_back, *rest, allow_tf32: bool) -> Problem:
 
 def _inputs(x, dt, A, B, C, dt_back, A_back, B_back, C_back, bias, bias_back, D, z, seq_idx, first, last, *_) -> Inputs:
     def exact(t):
-        return None if t is None else _whole(t.to(torch.float32))
+        return t if t is None else _whole(_cast(t, torch.float32))
 
     x, dt, B, C, z, seq_idx = (_whole(t) for t in (x, dt, B, C, z, seq_idx))
     A, bias, D, first, last = (exact(t) for t in (A, bias, D, first, last))
@@ -156,6 +156,11 @@ def _inputs(x, dt, A, B, C, dt_back, A_back, B_back, C_back, bias, bias_back, D,
         seq_idx=seq_idx,
         initial=(first, last),
     )
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`, which asks the dispatcher first: there are a dozen in a step of the scan."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _whole(t: Tensor | None) -> Tensor | None:
@@ -211,7 +216,7 @@ def _scan_backward(dy, dends, *args):
     back = (ddt[-1], dA_back, dB_back, dC_back)
     ordered = (grads.x, ddt[0], dA, dB, dC, *back, dbias, dbias_back, dD, grads.z, None, *initial)
     present = zip(arguments[:TENSORS], ordered, strict=True)
-    return [grad.to(t.dtype) for i, (t, grad) in enumerate(present) if t is not None and i != SEQ_IDX]
+    return [_cast(grad, t.dtype) for i, (t, grad) in enumerate(present) if t is not None and i != SEQ_IDX]
 
 
 def _totals(grads: Gradients, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
