@@ -24,6 +24,14 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def row_stride(t: Tensor) -> int:
+    """The distance of the rows of `(..., d)`, which lie at one. The stride of a dimension of size 1 means nothing."""
+    for size, stride in zip(t.shape[-2::-1], t.stride()[-2::-1], strict=True):
+        if size > 1:
+            return stride
+    return t.shape[-1]
+
+
 class Tiles(NamedTuple):
     """A contiguous tensor seen as `shape` and cut into blocks: what Hopper's copy engine fetches without a mask or an
     address register. Addresses must be multiples of 16 bytes."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, ceil_div
+from ..launch import Launch, ceil_div, row_stride
 
 BLOCK_L, BLOCK_D = 64, 64
 # Walks of the gradient: how many a program takes, a warp each; how many rows at least, for all of them read
@@ -347,7 +347,7 @@ def conv_forward(
     """Writes `out`, contiguous parts `(b, l, ...)`; x `(b, l, d)` with rows at one distance, its channels side by side;
     weight `by_taps`."""
     b, l, _ = x.shape
-    _forward(form, x.device, b, l, x.stride(1))(
+    _forward(form, x.device, b, l, row_stride(x))(
         x=x, weight=weight, bias=bias, mask=mask, seq=seq_idx, **_parts("out", out)
     )
 
@@ -386,7 +386,7 @@ def conv_backward(
     """`(groups, width + 1, d)` fp32, which sums over the groups to dweight `by_taps` and dbias. `dx (b, l, d)` is
     written, with rows at one distance; weight `by_taps`."""
     b, l, d = x.shape
-    launch, groups = _backward(form, x.device, b, l, x.stride(1), dx.stride(1))
+    launch, groups = _backward(form, x.device, b, l, row_stride(x), row_stride(dx))
     sums = torch.empty((groups, form.width + 1, d), dtype=torch.float32, device=x.device)
     launch(x=x, weight=weight, bias=bias, mask=mask, seq=seq_idx, **_parts("dy", dys), dx=dx, sums=sums)
     return sums

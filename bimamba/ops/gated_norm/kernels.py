@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, ceil_div
+from ..launch import Launch, ceil_div, row_stride
 
 PROGRAMS = 1024  # of the gradient, which sums its weight's gradient over the rows it walks
 
@@ -134,7 +134,7 @@ def norm_forward(
     """Writes `out`; y and out contiguous, of any shape whose rows are as long as weight `(d)`; z `(..., d)` with rows
     at one distance."""
     d = weight.shape[0]
-    stride = None if z is None else z.stride(-2)
+    stride = None if z is None else row_stride(z)
     launch = _forward(y.device, y.numel() // d, d, stride, eps, norm_before_gate, group_size)
     launch(y=y, z=z, weight=weight, out=out)
 
@@ -176,7 +176,7 @@ def norm_backward(
     d = weight.shape[0]
     dy = torch.empty_like(y)
     out = torch.empty_like(y) if again else None
-    strides = (None, None) if z is None or dz is None else (z.stride(-2), dz.stride(-2))
+    strides = (None, None) if z is None or dz is None else (row_stride(z), row_stride(dz))
     launch, parts = _backward(y.device, y.numel() // d, d, *strides, eps, norm_before_gate, group_size, again)
     sums = torch.empty((parts, d), dtype=torch.float32, device=y.device)
     launch(dout=dout, y=y, z=z, weight=weight, dy=dy, dz=dz, out=out, sums=sums)

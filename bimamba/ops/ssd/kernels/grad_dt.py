@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch, ceil_div
+from bimamba.ops.launch import Launch, ceil_div, row_stride
 
 from .choose import Config, Problem
 from .common import ROW_LINES, softplus
@@ -128,7 +128,7 @@ def grad_dt(
     """Writes ddt `(b, l, h)`, its rows at one distance, and into `sums (b * parts, 2, sets * h)` fp32 dA and d(dt_bias)
     in parts: those of one set of parameters, of both directions or of one."""
     flags = (forward, backward, bias is not None, mask is not None)
-    _launch(problem, config, dt.stride(1), ddt.stride(1), *flags)(
+    _launch(problem, config, row_stride(dt), row_stride(ddt), *flags)(
         dt=dt,
         A=A,
         bias=bias,

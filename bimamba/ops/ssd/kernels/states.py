@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch
+from bimamba.ops.launch import Launch, row_stride
 
 from .choose import Config, Problem
 from .common import LOG2E, ROW_LINES, load_tile, sequence_id, sequence_ids, step_size, store_state
@@ -244,7 +244,7 @@ def chunk_states(
     """
     states = torch.empty(problem.states_shape(config), dtype=x.dtype, device=x.device)
     flags = (bias[0] is not None, mask is not None, seq_idx is not None, enter[0] is not None, leave[0] is not None)
-    _launch(problem, config, grad, 0 if grad else dt[0].stride(1), *flags)(
+    _launch(problem, config, grad, 0 if grad else row_stride(dt[0]), *flags)(
         x=x,
         B=B,
         B_back=B_back,
