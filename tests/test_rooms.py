@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "spec",
     "ops.launch",
+    "ops.totals",
     "ops.backend",
     "ops.entrance",
     "ops.ssd.reference",

@@ -171,7 +171,7 @@ class _Mamba2(nn.Module):
             or not _is_plain(self.norm, RMSNormGated)
             or (recompute and not _is_plain(self.out_proj, nn.Linear))
             or debugging()
-            or choose_backend(projected[..., : self.headdim], self.d_state) != "triton"
+            or choose_backend(projected, self.d_state, p=self.headdim) != "triton"
         )
 
     def _as_one_node(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None, recompute: bool) -> Tensor:

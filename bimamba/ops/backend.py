@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -50,8 +51,14 @@ def triton_unavailable(x: Tensor) -> str | None:
         return None
     if x.device.type != "cuda":
         return f"Triton kernels run on CUDA and ROCm devices (or with TRITON_INTERPRET=1 on the CPU), not on {x.device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name(x.device)} has less"
+    # Dynamo warns of caches
+    return (_too_old.__wrapped__ if torch.compiler.is_compiling() else _too_old)(x.device)
+
+
+@functools.lru_cache  # 3 us a call otherwise
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
     return None
 
 

@@ -1,14 +1,14 @@
 """Launches of Triton kernels that the host hardly feels.
 
 `kernel[grid](...)` looks at every argument anew, builds text from them and finds the compiled kernel under that text:
-about 40 us a launch on an H100's host for kernels with 40 arguments. The compiled kernel depends on less: the
-constants, and type and alignment of the run-time arguments. Under these it is remembered here.
+about 40 us a launch on an H100's host for kernels with 40 arguments. Most arguments follow from the problem's form and
+are the same in every call: a `Launch` is made once for them and takes the tensors, of which the compiled kernel depends
+on no more than dtype and alignment.
 """
 
 from __future__ import annotations
 
-from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,6 +16,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -23,83 +24,120 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, **arguments: Any) -> None:
-    """`kernel[(programs,)](**arguments)` on `device`, whichever is the current one.
+def row_stride(t: Tensor) -> int:
+    """The distance of the rows of `(..., d)`, which lie at one. The stride of a dimension of size 1 means nothing."""
+    for size, stride in zip(t.shape[-2::-1], t.stride()[-2::-1], strict=True):
+        if size > 1:
+            return stride
+    return t.shape[-1]
 
-    Integer arguments must be constexpr or listed in `do_not_specialize`: their values are not looked at.
+
+class Tiles(NamedTuple):
+    """A contiguous tensor seen as `shape` and cut into blocks: what Hopper's copy engine fetches without a mask or an
+    address register. Addresses must be multiples of 16 bytes."""
+
+    shape: list[int]
+    strides: list[int]
+    block: list[int]
+
+    def of(self, base: Tensor) -> TensorDescriptor:
+        """`TensorDescriptor(...)` without its checks, which cost the host 5 us for each of the 25 descriptors of a
+        step: `choose.py` sees to the shapes, `binding.py` to the alignment."""
+        made = object.__new__(TensorDescriptor)
+        made.base, made.shape, made.strides, made.block_shape = base, self.shape, self.strides, self.block
+        return made
+
+
+class Launch:
+    """`kernel[(programs,)](**tensors, **settings)` on `device`, whichever is the current one; called with the tensors.
+
+    Args:
+        tiles: which of the tensors are handed over as descriptors.
+        settings: the kernel's other arguments and options. A kernel takes its tensors first, and integers must be
+            constexpr or listed in `do_not_specialize`: their values are not looked at.
+
+    A launch is made once for a form and kept (`functools.lru_cache`). It holds no tensor.
     """
-    if not isinstance(kernel, JITFunction) or device.type != "cuda":  # the interpreter; tests that only compile
-        kernel[(programs,)](**arguments)
-    elif device.index == driver.active.get_current_device():
-        _launch(kernel, programs, device, arguments)
-    else:
-        with torch.cuda.device(device):
-            _launch(kernel, programs, device, arguments)
+
+    def __init__(
+        self, kernel: Any, programs: int, device: torch.device, tiles: dict[str, Tiles] | None = None, **settings: Any
+    ) -> None:
+        self.kernel, self.programs, self.index = kernel, programs, device.index
+        self.settings, self.tiles = settings, {k: v for k, v in (tiles or {}).items() if v is not None}
+        # else the interpreter, or tests that only compile
+        self.direct = isinstance(kernel, JITFunction) and device.type == "cuda"
+        if not self.direct:
+            return
+        self.names = tuple(n for n in kernel.arg_names if n not in settings)
+        self.tail = tuple(settings[n] for n in kernel.arg_names[len(self.names) :])
+        self.at = tuple((self.names.index(name), tiles) for name, tiles in self.tiles.items())
+        # By identity: the hash of a kernel is that of its source
+        form = (id(kernel), self.index, tuple(_form(kernel, settings)), *[(i, str(t.block)) for i, t in self.at])
+        self.compiled: dict[tuple, Any] = _compiled.setdefault(form, {})
+
+    def __call__(self, **tensors: Tensor | None) -> None:
+        if not self.direct:
+            self._by_triton(tensors)
+        elif self.index == driver.active.get_current_device():
+            self._run(tensors)
+        else:
+            with torch.cuda.device(self.index):
+                self._run(tensors)
+
+    def _run(self, tensors: dict[str, Tensor | None]) -> None:
+        values: list[Any] = list(tensors.values())
+        # Addresses, not tensors: else the launcher asks each for its own, and the driver whose it is
+        addresses = [None if t is None else t.data_ptr() for t in values]
+        kinds = [None if t is None else t.dtype for t in values]
+        unaligned = [i for i, address in enumerate(addresses) if address and address % 16]
+        compiled = self.compiled.get((*kinds, *unaligned))
+        if compiled is None or _watched():
+            compiled = self._by_triton(tensors)
+            self.compiled[(*kinds, *unaligned)] = compiled.result() if hasattr(compiled, "result") else compiled
+            return
+        for i, tiles in self.at:
+            if addresses[i] is not None:
+                addresses[i] = tiles.of(values[i])
+        compiled.run(
+            self.programs,
+            1,
+            1,
+            driver.active.get_current_stream(self.index),
+            compiled.function,
+            compiled.packed_metadata,
+            None,  # metadata and hooks, which are for watchers
+            None,
+            None,
+            *addresses,
+            *self.tail,
+        )
+
+    def _by_triton(self, tensors: dict[str, Tensor | None]) -> Any:
+        if self.direct and tuple(tensors) != self.names:
+            raise TypeError(f"{self.kernel.__name__}: expected {', '.join(self.names)}, got {', '.join(tensors)}")
+        given: dict[str, Any] = {
+            k: self.tiles[k].of(t) if t is not None and k in self.tiles else t for k, t in tensors.items()
+        }
+        return self.kernel[(self.programs,)](**given, **self.settings)
 
 
-def _launch(kernel: JITFunction, programs: int, device: torch.device, arguments: dict[str, Any]) -> None:
-    # By identity: the hash of a kernel is that of its source
-    site = _sites.get((id(kernel), *arguments))
-    if site is None:
-        site = _sites[(id(kernel), *arguments)] = _Site(kernel, tuple(arguments))
-    key = (device.index, site.constants(arguments), *[_kind(v) for v in site.run_time(arguments)])
-    compiled = site.compiled.get(key)
-    if compiled is None or _watched():
-        _check_integers(kernel, arguments)
-        compiled = kernel[(programs,)](**arguments)
-        site.compiled[key] = compiled.result() if hasattr(compiled, "result") else compiled
-        return
-    stream = driver.active.get_current_stream(device.index)
-    compiled.run(
-        programs,
-        1,
-        1,
-        stream,
-        compiled.function,
-        compiled.packed_metadata,
-        None,  # metadata and hooks, which are for watchers
-        None,
-        None,
-        *site.in_order(arguments),
-    )
+# Compiled kernels by dtypes and alignment of the tensors, for each form of a launch: many lengths share one
+_compiled: dict[tuple, dict[tuple, Any]] = {}
 
 
-class _Site:
-    """A kernel with arguments of these names: readers of them, and what was compiled for their kinds."""
-
-    def __init__(self, kernel: JITFunction, given: tuple[str, ...]) -> None:
-        constant = {p.name for p in kernel.params if p.is_constexpr}
-        names = list(kernel.arg_names)
-        missing = [n for n in names if n not in given]
-        if missing:
-            raise TypeError(f"{kernel.__name__}: arguments missing: {', '.join(missing)}")
-        options = [n for n in given if n not in names]
-        self.constants = itemgetter(*[n for n in names if n in constant], *options)
-        self.run_time = itemgetter(*[n for n in names if n not in constant])
-        self.in_order = itemgetter(*names)
-        self.compiled: dict[tuple, Any] = {}
-
-
-_sites: dict[tuple, _Site] = {}
-
-
-def _check_integers(kernel: JITFunction, arguments: dict[str, Any]) -> None:
-    loose = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
-    loose = [name for name in loose if isinstance(arguments[name], int)]
-    if loose:
-        raise TypeError(f"{kernel.__name__}: list {', '.join(loose)} in do_not_specialize")
-
-
-def _kind(value: Any) -> Any:
-    """All of a run-time argument that Triton compiles for."""
-    given = type(value)
-    if given is Tensor or given is torch.nn.Parameter:
-        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "unaligned")
-    if value is None or given is float:
-        return given
-    if given is int:
-        return -(2**31) <= value < 2**31
-    return value.base.dtype, *value.block_shape, len(value.shape)  # a tensor descriptor
+def _form(kernel: JITFunction, settings: dict[str, Any]) -> list[tuple]:
+    """All of the settings that Triton compiles for."""
+    parameters = {p.name: p for p in kernel.params}
+    form = []
+    for name, value in settings.items():
+        given = parameters.get(name)
+        if given is None or given.is_constexpr:
+            form.append((name, value))
+        elif isinstance(value, int):
+            if not given.do_not_specialize:
+                raise TypeError(f"{kernel.__name__}: list {name} in do_not_specialize")
+            form.append((name, -(2**31) <= value < 2**31))
+    return form
 
 
 def _watched() -> bool:

@@ -9,6 +9,7 @@ arXiv:2405.21060), section 8.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,13 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conv1d.binding import kernel_flags
-from .conv1d.kernels import by_taps, conv_backward, conv_forward
+from .conv1d.kernels import Form as ConvForm
+from .conv1d.kernels import conv_backward, conv_forward
 from .conv1d.reference import taps_before
 from .entrance import below_autograd, differentiable, enter, implement
 from .gated_norm.kernels import norm_backward, norm_forward
+from .prepare import Prepared, prepare
 from .ssd.binding import states_fit
 from .ssd.kernels.choose import Problem, layout, problem_of
 from .ssd.kernels.scan import Inputs, Saved, scan_backward, scan_forward
+from .totals import Total, totals
 
 
 class Form(NamedTuple):
@@ -90,8 +94,8 @@ _FORM = (
 )
 _COUNT = len(Parameters._fields)
 _PARAMETERS = slice(3, 3 + _COUNT)  # of the operators' arguments
-# The output and, if keep, A, the convolution's weight by taps, dt, the convolution's parts, y and (empty unless save)
-# the states and their rows
+# The output and, if keep, A, the convolution's weight by taps, the convolution's parts, y and (empty unless save) the
+# states and their rows
 _library.define(f"mixer({_TENSORS}, {_FORM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 # The gradients of projected and of the parameters that are there, in their order
 _library.define(
@@ -101,158 +105,140 @@ _library.define(
 
 def _forward(projected, mask, seq_idx, *rest):
     p, form = Parameters(*rest[:_COUNT]), Form(*rest[_COUNT:])
-    z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
-    exact = _exact(p)
-    kept = _convolved(xBC, dt, mask, seq_idx, exact, p, form)
-    problem = _problem(projected, p, form)
-    inputs = _inputs(problem, kept, seq_idx, exact, p)
-    y, _, saved = scan_forward(problem, inputs, save=form.save, keep_ungated=False, final=False)
-    y = y.view(z.shape)
-    out = norm_forward(_rows(y), _rows(z), p.norm_weight, *_norm_form(form))
+    plan = _plan_of(projected, p, form, mask is not None, seq_idx is not None)
+    z, xBC, dt, _ = projected.split_with_sizes(plan.widths, -1)
+    flags = kernel_flags(mask, seq_idx)
+    exact = prepare(p.A_log, p.conv_weight)
+    parts = _convolved(plan, xBC, exact, p, flags)
+    inputs = _inputs(plan, dt, parts, exact, p, flags)
+    y, _, saved = scan_forward(plan.problem, inputs, save=form.save, keep_ungated=False, final=False)
+    out = z.new_empty(z.shape)
+    norm_forward(y, z, p.norm_weight, *plan.norm, out)
     if p.out_weight is not None:
         bias = None if p.out_bias is None else p.out_bias.to(out.dtype)
         with torch.autocast(projected.device.type, enabled=False):
             out = F.linear(out, p.out_weight.to(out.dtype), bias)
-    out = out.view(*projected.shape[:2], -1)
     if not form.keep:
         return [out]
-    return [out, *exact, *kept, y, *(y.new_empty(0) if t is None else t for t in saved[:2])]
+    return [out, *exact, *parts, y, *(y.new_empty(0) if t is None else t for t in saved[:2])]
 
 
 def _backward(dout, projected, mask, seq_idx, *rest):
     p, kept, form = Parameters(*rest[:_COUNT]), rest[_COUNT], Form(*rest[_COUNT + 1 :])
-    z, xBC, dt, _ = projected.split(_widths(projected, p), dim=-1)
-    problem = _problem(projected, p, form)
+    plan = _plan_of(projected, p, form, mask is not None, seq_idx is not None)
+    z, xBC, dt, _ = projected.split_with_sizes(plan.widths, -1)
+    flags = kernel_flags(mask, seq_idx)
     if form.keep:
-        A, weight, *kept, y, states, rows = kept
-        exact = _Exact(A, weight)
-        saved = Saved(*(t if form.save else None for t in (states, rows)), None)
-        inputs = _inputs(problem, kept, seq_idx, exact, p)
+        A, taps, *parts, y, states, rows = kept
+        exact = Prepared(A, taps)
+        inputs = _inputs(plan, dt, parts, exact, p, flags)
+        saved = Saved(states, rows, None) if form.save else Saved(None, None, None)
     else:
-        exact = _exact(p)
-        inputs = _inputs(problem, _convolved(xBC, dt, mask, seq_idx, exact, p, form), seq_idx, exact, p)
-        y, _, saved = scan_forward(problem, inputs, save=True, keep_ungated=False, final=False)
+        exact = prepare(p.A_log, p.conv_weight)
+        inputs = _inputs(plan, dt, _convolved(plan, xBC, exact, p, flags), exact, p, flags)
+        y, _, saved = scan_forward(plan.problem, inputs, save=True, keep_ungated=False, final=False)
     dprojected = torch.empty_like(projected)
-    dz, dxBC, ddt, unread = dprojected.split(_widths(projected, p), dim=-1)
-    if unread.shape[-1]:
+    dz, dxBC, ddt, unread = dprojected.split_with_sizes(plan.widths, -1)
+    if plan.widths[-1]:
         unread.zero_()
-
-    dout = _rows(dout.to(projected.dtype).contiguous())
-    dnormed = dout if p.out_weight is None else dout @ p.out_weight.to(dout.dtype)
-    dy, dnorm_weight, normed = norm_backward(
-        dnormed,
-        _rows(y.view(z.shape)),
-        _rows(z),
-        p.norm_weight,
-        *_norm_form(form),
-        dz=_rows(dz),
-        again=p.out_weight is not None,
-    )
-    dout_weight = None if normed is None else dout.t() @ normed
-    del normed, dnormed
-    grads = scan_backward(problem, inputs, saved, dy.view(inputs.x.shape), None)
-    dt_grad = _joined(grads.dt, dim=-1)
-    ddt.copy_(dt_grad if mask is None else dt_grad.masked_fill_(~mask[..., None], 0.0))
-    dparts = [t for t in (grads.x, grads.B[0], grads.C[0], grads.B[1], grads.C[1]) if t is not None]
-    dconv_weight, dconv_bias = conv_backward(
-        [t.view(*z.shape[:2], -1) for t in dparts], xBC, *_conv_form(exact, form, p), *kernel_flags(mask, seq_idx), dxBC
-    )
-    gradients = Parameters(
-        conv_weight=dconv_weight[:, None],
-        conv_bias=dconv_bias,
-        dt_bias=_joined(grads.bias),
-        A_log=_joined(grads.A).mul_(exact.A),
-        D=grads.D,
-        norm_weight=dnorm_weight,
-        out_weight=dout_weight,
-        out_bias=None if p.out_bias is None else dout.sum(0, dtype=torch.float32),
-    )
     # In the parameters' layout, each in memory of its own, as an operator's outputs must be
-    cast = [
-        torch.empty_like(t, memory_format=torch.contiguous_format).copy_(g)
-        if g.dtype != t.dtype or g._base is not None
-        else g
-        for g, t in zip(gradients, p, strict=True)
-        if t is not None
-    ]
-    return [dprojected, *cast]
+    grads = Parameters(*[None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in p])
+
+    dout = dout.to(projected.dtype).contiguous()
+    dnormed = dout if p.out_weight is None else _rows(dout) @ p.out_weight.to(dout.dtype)
+    again = p.out_weight is not None
+    dy, norm_parts, normed = norm_backward(dnormed, y, z, p.norm_weight, *plan.norm, dz=dz, again=again)
+    if normed is not None:
+        grads.out_weight.copy_(_rows(dout).t() @ normed.view(-1, p.norm_weight.shape[0]))
+    if p.out_bias is not None:
+        grads.out_bias.copy_(_rows(dout).sum(0, dtype=torch.float32))
+    del normed, dnormed
+    of_scan = scan_backward(plan.problem, inputs, saved, dy, None, _by_direction(plan, ddt))
+    dparts = [t for pair in zip(of_scan.B, of_scan.C, strict=True) for t in pair if t is not None]
+    conv_parts = conv_backward(plan.conv, [of_scan.x, *dparts], xBC, exact.taps, p.conv_bias, *flags, dxBC)
+    totals(
+        Total(of_scan.heads, grads.A_log, grads.dt_bias, factor=exact.A),
+        Total(of_scan.D, grads.D),
+        Total(conv_parts, grads.conv_weight, grads.conv_bias, taps=plan.conv.width),
+        Total(norm_parts, grads.norm_weight),
+    )
+    return [dprojected, *[t for t in grads if t is not None]]
 
 
-def _problem(projected: Tensor, p: Parameters, form: Form, make=problem_of) -> Problem:
+class _Plan(NamedTuple):
+    """What follows from the form and the sizes, the same in every call."""
+
+    problem: Problem
+    conv: ConvForm
+    norm: tuple[float, bool, int]
+    widths: list[int]  # of the projection's parts
+    parts: list[tuple[int, ...]]  # shapes of x, B, C and, untied, B and C of the backward direction
+
+
+def _plan(
+    form: Form,
+    shape: tuple[int, ...],  # of the projection
+    dtype: torch.dtype,
+    device: torch.device,
+    heads: int,
+    widths: tuple[int, ...],  # of the projection's parts that are read
+    taps: int,
+    bias: bool,
+    mask: bool,
+    seq: bool,
+    make=problem_of,
+) -> _Plan:
     """`make`: `Problem` where sizes may be symbolic."""
-    return make(
-        *projected.shape[:2],
-        p.D.shape[0],
-        form.ngroups,
-        form.headdim,
-        form.d_state,
-        projected.dtype,
-        projected.device,
-        form.bidirectional,
-        not form.tied,
-        form.shift,
-        True,
-        (form.least, form.largest),
-        form.allow_tf32,
+    b, l, columns = shape
+    h, g, p, n = heads, form.ngroups, form.headdim, form.d_state
+    flags = (form.bidirectional, not form.tied, form.shift, True, (form.least, form.largest), form.allow_tf32)
+    problem = make(b, l, h, g, p, n, dtype, device, *flags)
+    split = (h * p, *[g * n] * (2 if form.tied else 4))
+    left = taps_before(taps, causal=not form.bidirectional)
+    return _Plan(
+        problem=problem,
+        conv=ConvForm(split, taps, left, form.activate, bias, mask, seq),
+        norm=(form.eps, form.norm_before_gate, form.group_size),
+        widths=[*widths, columns - sum(widths)],
+        parts=[(b, l, h, p), *[(b, l, g, n)] * (len(split) - 1)],
     )
 
 
-class _Exact(NamedTuple):
-    """What both passes read instead of a parameter."""
-
-    A: Tensor  # fp32
-    conv_weight: Tensor  # (width, d_xBC)
+_kept_plan = functools.lru_cache(maxsize=4096)(_plan)
 
 
-def _exact(p: Parameters) -> _Exact:
-    return _Exact(p.A_log.float().exp().neg_(), by_taps(p.conv_weight[:, 0]))
+def _plan_of(projected: Tensor, p: Parameters, form: Form, mask: bool, seq: bool, make=_kept_plan) -> _Plan:
+    conv = p.conv_weight.shape
+    widths = (p.norm_weight.shape[0], conv[0], p.dt_bias.shape[0])
+    given = (projected.shape, projected.dtype, projected.device, p.D.shape[0], widths, conv[2])
+    return make(form, *given, p.conv_bias is not None, mask, seq)
 
 
-def _convolved(xBC: Tensor, dt: Tensor, mask, seq_idx, exact: _Exact, p: Parameters, form: Form) -> list[Tensor]:
-    """dt, x, B, C and, untied, B and C of the backward direction, contiguous."""
-    parts = conv_forward(xBC, *_conv_form(exact, form, p), *kernel_flags(mask, seq_idx), _sizes(p, form))
-    # softplus(-1e4) is exactly 0: padding neither decays nor adds
-    dt = dt.clone(memory_format=torch.contiguous_format) if mask is None else dt.masked_fill(~mask[..., None], -1e4)
-    return [dt, *parts]
+def _convolved(plan: _Plan, xBC: Tensor, exact: Prepared, p: Parameters, flags: tuple) -> list[Tensor]:
+    """x, B, C and, untied, B and C of the backward direction."""
+    parts = [xBC.new_empty(shape) for shape in plan.parts]
+    conv_forward(plan.conv, xBC, exact.taps, p.conv_bias, *flags, parts)
+    return parts
 
 
-def _inputs(problem: Problem, kept: list[Tensor], seq_idx: Tensor | None, exact: _Exact, p: Parameters) -> Inputs:
-    dt, x, *matrices = kept
-    b, l, h, g, n = problem.b, problem.l, problem.h, problem.g, problem.n
-    B, C, *back = (t.view(b, l, g, n) for t in matrices)
-    A, bias = exact.A, p.dt_bias.float()
-    if problem.untied:
-        halves = [tuple(t.contiguous() for t in v.chunk(2, dim=-1)) for v in (dt, A, bias)]
-        pairs = [halves[0], halves[1], (B, back[0]), (C, back[1]), halves[2]]
-    else:
-        pairs = [(t, t) for t in (dt, A, B, C, bias)]
-    return Inputs(x.view(b, l, h, problem.p), *pairs, D=p.D.float(), z=None, seq_idx=seq_idx, initial=(None, None))
+def _inputs(plan: _Plan, dt: Tensor, parts: list[Tensor], exact: Prepared, p: Parameters, flags: tuple) -> Inputs:
+    x, B, C, *back = parts
+    mask, seq_idx = flags
+    pairs = [_by_direction(plan, t) for t in (dt, exact.A, p.dt_bias.float())]
+    dt_pair, A_pair, bias_pair = pairs
+    B_back, C_back = back or (B, C)
+    return Inputs(
+        x, dt_pair, A_pair, (B, B_back), (C, C_back), bias_pair, p.D.float(), None, seq_idx, (None, None), mask
+    )
 
 
-def _sizes(p: Parameters, form: Form) -> list[int]:
-    return [p.D.shape[0] * form.headdim, *[form.ngroups * form.d_state] * (2 if form.tied else 4)]
-
-
-def _widths(projected: Tensor, p: Parameters) -> list[int]:
-    sizes = [p.norm_weight.shape[0], p.conv_weight.shape[0], p.dt_bias.shape[0]]
-    return [*sizes, projected.shape[-1] - sum(sizes)]
-
-
-def _conv_form(exact: _Exact, form: Form, p: Parameters) -> tuple:
-    left = taps_before(p.conv_weight.shape[2], causal=not form.bidirectional)
-    return exact.conv_weight, p.conv_bias, form.activate, left
-
-
-def _norm_form(form: Form) -> tuple:
-    return form.eps, form.norm_before_gate, form.group_size
+def _by_direction(plan: _Plan, t: Tensor) -> tuple[Tensor, Tensor]:
+    """`(..., h)` twice or, untied, the halves of `(..., 2 h)`."""
+    return t.chunk(2, dim=-1) if plan.problem.untied else (t, t)
 
 
 def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, 1)
-
-
-def _joined(pair: tuple[Tensor, Tensor | None], dim: int = 0) -> Tensor:
-    return pair[0] if pair[1] is None else torch.cat(pair, dim)
 
 
 def _forward_fake(projected, mask, seq_idx, *rest):
@@ -262,10 +248,11 @@ def _forward_fake(projected, mask, seq_idx, *rest):
     out = projected.new_empty((*rows, columns))
     if not form.keep:
         return [out]
-    problem = _problem(projected, p, form, make=Problem)
+    plan = _plan_of(projected, p, form, mask is not None, seq_idx is not None, functools.partial(_plan, make=Problem))
+    problem = plan.problem
     saved = layout(problem, saved=form.save)
     weight = p.conv_weight.new_empty(p.conv_weight.shape[::2][::-1])
-    shapes = [(*rows, size) for size in (p.dt_bias.shape[0], *_sizes(p, form), p.norm_weight.shape[0])]
+    shapes = [*plan.parts, plan.parts[0]]
     return [
         out,
         torch.empty_like(p.A_log, dtype=torch.float32),

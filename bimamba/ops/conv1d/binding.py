@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..entrance import below_autograd, differentiable, enter, implement
-from .kernels import by_taps, conv_backward, conv_forward
+from ..totals import Total, totals
+from .kernels import by_taps, conv_backward, conv_forward, form_of
 from .reference import taps_before
 
 _library = torch.library.Library("bimamba", "FRAGMENT")
@@ -54,8 +55,10 @@ def kernel_flags(mask: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor | 
 
 def _forward(x, weight, bias, mask, seq_idx, activate, causal, split):
     left = taps_before(weight.shape[1], causal)
-    flags = kernel_flags(mask, seq_idx)
-    return conv_forward(rows_apart(x), by_taps(weight), bias, activate, left, *flags, list(split))
+    weight, flags = by_taps(weight), kernel_flags(mask, seq_idx)
+    out = [x.new_empty((*x.shape[:2], size)) for size in split]
+    conv_forward(form_of(weight, bias, activate, left, *flags, split), rows_apart(x), weight, bias, *flags, out)
+    return out
 
 
 def _backward(dys, x, weight, bias, mask, seq_idx, activate, causal, split):
@@ -66,10 +69,13 @@ def _backward(dys, x, weight, bias, mask, seq_idx, activate, causal, split):
     ]
     dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
     left = taps_before(weight.shape[1], causal)
-    flags = kernel_flags(mask, seq_idx)
-    dweight, dbias = conv_backward(dys, rows_apart(x), by_taps(weight), bias, activate, left, *flags, dx)
-    dbias = weight.new_empty(0) if dbias is None else dbias.to(bias.dtype).clone()
-    return dx, dweight.to(weight.dtype).contiguous(), dbias
+    taps, flags = by_taps(weight), kernel_flags(mask, seq_idx)
+    form = form_of(taps, bias, activate, left, *flags, split)
+    sums = conv_backward(form, dys, rows_apart(x), taps, bias, *flags, dx)
+    dweight = weight.new_empty(weight.shape)
+    dbias = None if bias is None else bias.new_empty(bias.shape)
+    totals(Total(sums, dweight, dbias, taps=form.width))
+    return dx, dweight, weight.new_empty(0) if dbias is None else dbias
 
 
 def _forward_fake(x, weight, bias, mask, seq_idx, activate, causal, split):

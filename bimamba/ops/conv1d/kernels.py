@@ -6,12 +6,16 @@ finds x, B and C contiguous. The gradient walks down the rows, a warp a walk, an
 
 # ruff: noqa: RUF005 - Triton joins tuples by +, it does not unpack them
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ceil_div, launch
+from ..launch import Launch, ceil_div, row_stride
 
 BLOCK_L, BLOCK_D = 64, 64
 # Walks of the gradient: how many a program takes, a warp each; how many rows at least, for all of them read
@@ -292,11 +296,11 @@ def _parts(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
     return {f"{name}_{i}": tensors[min(i, len(tensors) - 1)] for i in range(5)}
 
 
-def _sizes(split: list[int]) -> dict[str, int]:
+def _sizes(split: tuple[int, ...]) -> dict[str, int]:
     return {f"D_{i}": split[i] if i < len(split) else 0 for i in range(5)}
 
 
-def _count(split: list[int]) -> int:
+def _count(split: tuple[int, ...]) -> int:
     return sum(ceil_div(size, BLOCK_D) for size in split)
 
 
@@ -306,95 +310,116 @@ def by_taps(weight: Tensor) -> Tensor:
     return weight.t().contiguous()
 
 
-def conv_forward(
-    x: Tensor,
+class Form(NamedTuple):
+    """A convolution's sizes and flags: all that its launches depend on beside batch and length."""
+
+    split: tuple[int, ...]  # channels of the output's parts
+    width: int
+    left: int  # taps before a row's own
+    activate: bool
+    bias: bool
+    mask: bool
+    seq: bool
+
+
+def form_of(
     weight: Tensor,
     bias: Tensor | None,
     activate: bool,
     left: int,
     mask: Tensor | None,
     seq_idx: Tensor | None,
-    split: list[int],
-) -> list[Tensor]:
-    """`[(b, l, size), ...]`; x `(b, l, d)` with rows at one distance, its channels side by side; weight `by_taps`."""
+    split: Sequence[int],
+) -> Form:
+    """weight `by_taps`."""
+    return Form(tuple(split), weight.shape[0], left, activate, bias is not None, mask is not None, seq_idx is not None)
+
+
+def conv_forward(
+    form: Form,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    seq_idx: Tensor | None,
+    out: list[Tensor],
+) -> None:
+    """Writes `out`, contiguous parts `(b, l, ...)`; x `(b, l, d)` with rows at one distance, its channels side by side;
+    weight `by_taps`."""
     b, l, _ = x.shape
-    out = [torch.empty((b, l, size), dtype=x.dtype, device=x.device) for size in split]
-    launch(
+    _forward(form, x.device, b, l, row_stride(x))(
+        x=x, weight=weight, bias=bias, mask=mask, seq=seq_idx, **_parts("out", out)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(form: Form, device: torch.device, b: int, l: int, stride: int) -> Launch:
+    return Launch(
         conv_kernel,
-        b * ceil_div(l, BLOCK_L) * _count(split),
-        x.device,
-        x=x,
-        weight=weight,
-        bias=bias,
-        mask=mask,
-        seq=seq_idx,
-        **_parts("out", out),
+        b * ceil_div(l, BLOCK_L) * _count(form.split),
+        device,
         L=l,
-        STRIDE=x.stride(1),
-        **_sizes(split),
-        WIDTH=weight.shape[0],
-        LEFT=left,
-        ACTIVATE=activate,
-        HAS_BIAS=bias is not None,
-        HAS_MASK=mask is not None,
-        HAS_SEQ=seq_idx is not None,
+        STRIDE=stride,
+        **_sizes(form.split),
+        WIDTH=form.width,
+        LEFT=form.left,
+        ACTIVATE=form.activate,
+        HAS_BIAS=form.bias,
+        HAS_MASK=form.mask,
+        HAS_SEQ=form.seq,
         ROWS=BLOCK_L,
         COLUMNS=BLOCK_D,
         num_warps=4,
     )
-    return out
 
 
 def conv_backward(
+    form: Form,
     dys: list[Tensor],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activate: bool,
-    left: int,
     mask: Tensor | None,
     seq_idx: Tensor | None,
     dx: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """`dweight (d, width)` and `dbias (d)`, fp32; `dx (b, l, d)` is written, with rows at one distance; weight
-    `by_taps`."""
+) -> Tensor:
+    """`(groups, width + 1, d)` fp32, which sums over the groups to dweight `by_taps` and dbias. `dx (b, l, d)` is
+    written, with rows at one distance; weight `by_taps`."""
     b, l, d = x.shape
-    width = weight.shape[0]
-    split = [dy.shape[2] for dy in dys]
-    chunks = min(ceil_div(l, GRAD_ROWS), max(1, GRAD_PROGRAMS * GRAD_SIDE // (b * _count(split))))
+    launch, groups = _backward(form, x.device, b, l, row_stride(x), row_stride(dx))
+    sums = torch.empty((groups, form.width + 1, d), dtype=torch.float32, device=x.device)
+    launch(x=x, weight=weight, bias=bias, mask=mask, seq=seq_idx, **_parts("dy", dys), dx=dx, sums=sums)
+    return sums
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward(form: Form, device: torch.device, b: int, l: int, stride: int, stride_dx: int) -> tuple[Launch, int]:
+    """The launch, and how many groups of walks write sums."""
+    blocks = _count(form.split)
+    chunks = min(ceil_div(l, GRAD_ROWS), max(1, GRAD_PROGRAMS * GRAD_SIDE // (b * blocks)))
     length = ceil_div(l, chunks)
     chunks = ceil_div(l, length)
     groups = ceil_div(b * chunks, GRAD_SIDE)
-    sums = torch.empty((groups, width + 1, d), dtype=torch.float32, device=x.device)
-    launch(
+    launch = Launch(
         conv_grad_kernel,
-        groups * _count(split),
-        x.device,
-        x=x,
-        weight=weight,
-        bias=bias,
-        mask=mask,
-        seq=seq_idx,
-        **_parts("dy", dys),
-        dx=dx,
-        sums=sums,
+        groups * blocks,
+        device,
         L=l,
         WALKS=b * chunks,
         CHUNKS=chunks,
         LENGTH=length,
-        STRIDE=x.stride(1),
-        STRIDE_DX=dx.stride(1),
-        **_sizes(split),
-        WIDTH=width,
-        LEFT=left,
-        ACTIVATE=activate,
-        HAS_BIAS=bias is not None,
-        HAS_MASK=mask is not None,
-        HAS_SEQ=seq_idx is not None,
+        STRIDE=stride,
+        STRIDE_DX=stride_dx,
+        **_sizes(form.split),
+        WIDTH=form.width,
+        LEFT=form.left,
+        ACTIVATE=form.activate,
+        HAS_BIAS=form.bias,
+        HAS_MASK=form.mask,
+        HAS_SEQ=form.seq,
         SIDE=GRAD_SIDE,
         COLUMNS=BLOCK_D,
         UNROLL=GRAD_UNROLL,
         num_warps=4,
     )
-    total = sums.sum(0)
-    return total[:width].t(), total[width] if bias is not None else None
+    return launch, groups

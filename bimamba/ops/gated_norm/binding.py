@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..entrance import below_autograd, differentiable, enter, implement
+from ..totals import Total, totals
 from .kernels import norm_backward, norm_forward
 
 _library = torch.library.Library("bimamba", "FRAGMENT")
@@ -44,14 +45,18 @@ def rows(t: Tensor | None) -> Tensor | None:
 
 
 def _forward(y, z, weight, eps, norm_before_gate, group_size, dtype):
-    return norm_forward(rows(y.contiguous()), rows(z), weight, eps, norm_before_gate, group_size, dtype).view(y.shape)
+    out = y.new_empty(y.shape, dtype=dtype)
+    norm_forward(y.contiguous(), rows(z), weight, eps, norm_before_gate, group_size, out)
+    return out
 
 
 def _backward(dout, y, z, weight, eps, norm_before_gate, group_size):
     dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    tensors = (rows(dout.contiguous()), rows(y.contiguous()), rows(z), weight)
-    dy, dweight, _ = norm_backward(*tensors, eps, norm_before_gate, group_size, dz=rows(dz))
-    return dy.view(y.shape), y.new_empty(0) if dz is None else dz, dweight.to(weight.dtype)
+    tensors = (dout.contiguous(), y.contiguous(), rows(z), weight)
+    dy, sums, _ = norm_backward(*tensors, eps, norm_before_gate, group_size, dz=rows(dz))
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    totals(Total(sums, dweight))
+    return dy, y.new_empty(0) if dz is None else dz, dweight
 
 
 def _forward_fake(y, z, weight, eps, norm_before_gate, group_size, dtype):

@@ -2,12 +2,14 @@
 
 # ruff: noqa: SIM102 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ceil_div, launch
+from ..launch import Launch, ceil_div, row_stride
 
 PROGRAMS = 1024  # of the gradient, which sums its weight's gradient over the rows it walks
 
@@ -127,30 +129,35 @@ def norm_forward(
     eps: float,
     norm_before_gate: bool,
     group_size: int,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`(m, d)` in `dtype`, by default that of y; y `(m, d)` contiguous, z `(m, d)` with channels side by side."""
-    m, d = y.shape
-    out = torch.empty_like(y, dtype=dtype)
-    shape = _shape(group_size)
-    launch(
+    out: Tensor,
+) -> None:
+    """Writes `out`; y and out contiguous, of any shape whose rows are as long as weight `(d)`; z `(..., d)` with rows
+    at one distance."""
+    d = weight.shape[0]
+    stride = None if z is None else row_stride(z)
+    launch = _forward(y.device, y.numel() // d, d, stride, eps, norm_before_gate, group_size)
+    launch(y=y, z=z, weight=weight, out=out)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(
+    device: torch.device, m: int, d: int, stride: int | None, eps: float, norm_before_gate: bool, group_size: int
+) -> Launch:
+    """`stride`: of z, None where there is none."""
+    blocks = _shape(group_size)
+    return Launch(
         norm_kernel,
-        ceil_div(m, shape["ROWS"]) * (d // group_size),
-        y.device,
-        y=y,
-        z=z,
-        weight=weight,
-        out=out,
+        ceil_div(m, blocks["ROWS"]) * (d // group_size),
+        device,
         M=m,
         eps=eps,
         D=d,
         GROUP=group_size,
-        STRIDE_Z=d if z is None else z.stride(0),
-        GATED=z is not None,
+        STRIDE_Z=d if stride is None else stride,
+        GATED=stride is not None,
         NORM_FIRST=norm_before_gate,
-        **shape,
+        **blocks,
     )
-    return out
 
 
 def norm_backward(
@@ -164,40 +171,52 @@ def norm_backward(
     dz: Tensor | None = None,
     again: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dy `(m, d)`, dweight `(d)` fp32 and, if `again`, the output; `dz (m, d)` is written."""
-    m, d = y.shape
+    """dy, dweight in parts `(parts, d)` fp32 and, if `again`, the output; shapes as in the forward pass. `dz`, with
+    rows at one distance, is written."""
+    d = weight.shape[0]
     dy = torch.empty_like(y)
     out = torch.empty_like(y) if again else None
-    shape = _shape(group_size)
-    blocks = ceil_div(m, shape["ROWS"])
-    steps = ceil_div(blocks, PROGRAMS)
-    parts = ceil_div(blocks, steps)
+    strides = (None, None) if z is None or dz is None else (row_stride(z), row_stride(dz))
+    launch, parts = _backward(y.device, y.numel() // d, d, *strides, eps, norm_before_gate, group_size, again)
     sums = torch.empty((parts, d), dtype=torch.float32, device=y.device)
-    launch(
+    launch(dout=dout, y=y, z=z, weight=weight, dy=dy, dz=dz, out=out, sums=sums)
+    return dy, sums, out
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward(
+    device: torch.device,
+    m: int,
+    d: int,
+    stride: int | None,
+    stride_dz: int | None,
+    eps: float,
+    norm_before_gate: bool,
+    group_size: int,
+    again: bool,
+) -> tuple[Launch, int]:
+    """The launch, and in how many parts it writes dweight. `stride`: of z, None where there is none."""
+    blocks = _shape(group_size)
+    count = ceil_div(m, blocks["ROWS"])
+    steps = ceil_div(count, PROGRAMS)
+    parts = ceil_div(count, steps)
+    launch = Launch(
         norm_grad_kernel,
         parts * (d // group_size),
-        y.device,
-        dout=dout,
-        y=y,
-        z=z,
-        weight=weight,
-        dy=dy,
-        dz=dz,
-        out=out,
-        sums=sums,
+        device,
         M=m,
         eps=eps,
         STEPS=steps,
         D=d,
         GROUP=group_size,
-        STRIDE_Z=d if z is None else z.stride(0),
-        STRIDE_DZ=d if dz is None else dz.stride(0),
-        GATED=z is not None,
+        STRIDE_Z=d if stride is None else stride,
+        STRIDE_DZ=d if stride_dz is None else stride_dz,
+        GATED=stride is not None,
         NORM_FIRST=norm_before_gate,
         AGAIN=again,
-        **shape,
+        **blocks,
     )
-    return dy, sums.sum(0), out
+    return launch, parts
 
 
 def _shape(group_size: int) -> dict[str, int]:

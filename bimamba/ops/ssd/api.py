@@ -222,19 +222,20 @@ def _cast(dtype: torch.dtype, forward: Direction, backward: Direction | None, z:
 # ---------------------------------------------------------------------------------------------------- backend
 
 
-def choose_backend(x: Tensor, n: int, backend: str = "auto") -> str:
-    """The backend that serves `x (b, l, h, p)` with state size `n`: "triton", "torch" or "reference".
+def choose_backend(x: Tensor, n: int, backend: str = "auto", p: int | None = None) -> str:
+    """The backend that serves `x (b, l, h, p)` with state size `n`: "triton", "torch" or "reference". With `p` a tensor
+    of x's dtype and device will do.
 
     See `bimamba.ops.backend.choose_backend` for the rule and its errors.
     """
-    return backend_rule(x, backend, BACKENDS, lambda: _refusal(x, n))
+    return backend_rule(x, backend, BACKENDS, lambda: _refusal(x.dtype, p or x.shape[-1], n))
 
 
-def _refusal(x: Tensor, n: int) -> str | None:
-    if x.dtype == torch.float64:
+def _refusal(dtype: torch.dtype, p: int, n: int) -> str | None:
+    if dtype == torch.float64:
         return "the kernels compute in float32, and x is float64"
-    if max(x.shape[-1], n) > MAX_SIZE:
-        return f"the kernels take p and n up to {MAX_SIZE}, got p={x.shape[-1]}, n={n}"
+    if max(p, n) > MAX_SIZE:
+        return f"the kernels take p and n up to {MAX_SIZE}, got p={p}, n={n}"
     return None
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..entrance import below_autograd, differentiable, enter, implement
+from ..totals import Total, totals
 from .kernels.choose import Problem, layout, problem_of
-from .kernels.scan import Inputs, Saved, scan_backward, scan_forward
+from .kernels.scan import Gradients, Inputs, Saved, scan_backward, scan_forward
 
 INF = float("inf")
 
@@ -138,7 +139,7 @@ def _problem(make, x, dt, A, B, C, dt_back, *rest, allow_tf32: bool) -> Problem:
 
 def _inputs(x, dt, A, B, C, dt_back, A_back, B_back, C_back, bias, bias_back, D, z, seq_idx, first, last, *_) -> Inputs:
     def exact(t):
-        return None if t is None else _whole(t.to(torch.float32))
+        return t if t is None else _whole(_cast(t, torch.float32))
 
     x, dt, B, C, z, seq_idx = (_whole(t) for t in (x, dt, B, C, z, seq_idx))
     A, bias, D, first, last = (exact(t) for t in (A, bias, D, first, last))
@@ -155,6 +156,11 @@ def _inputs(x, dt, A, B, C, dt_back, A_back, B_back, C_back, bias, bias_back, D,
         seq_idx=seq_idx,
         initial=(first, last),
     )
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`, which asks the dispatcher first: there are a dozen in a step of the scan."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _whole(t: Tensor | None) -> Tensor | None:
@@ -196,21 +202,33 @@ def _scan_backward(dy, dends, *args):
     problem = _problem(problem_of, *arguments, allow_tf32=allow_tf32)
     saved = Saved(*(t if t.numel() else None for t in (states, rows, ungated)))
     dends = None if dends is None else dends.to(torch.float32).contiguous()
-    grads = scan_backward(problem, _inputs(*arguments), saved, _whole(dy), dends)
+    inputs = _inputs(*arguments)
+    ddt = tuple(torch.empty_like(t) for t in inputs.dt[: problem.sets])
+    grads = scan_backward(problem, inputs, saved, _whole(dy), dends, ddt)
+    dA, dbias, dD = _totals(grads, inputs)
     # An operator's outputs must not share memory, as two halves of one buffer would
+    if problem.untied:
+        (dA, dA_back), (dbias, dbias_back) = ([half.clone() for half in t.chunk(2)] for t in (dA, dbias))
+    else:
+        dA_back = dbias_back = None
     initial = (None, None) if grads.initial is None else (grads.initial[0].clone(), grads.initial[-1].clone())
-    ordered = (
-        grads.x,
-        *(pair[0] for pair in grads[1:5]),
-        *(pair[1] for pair in grads[1:5]),
-        *grads.bias,
-        grads.D,
-        grads.z,
-        None,
-        *initial,
-    )
+    (dB, dB_back), (dC, dC_back) = grads.B, grads.C
+    back = (ddt[-1], dA_back, dB_back, dC_back)
+    ordered = (grads.x, ddt[0], dA, dB, dC, *back, dbias, dbias_back, dD, grads.z, None, *initial)
     present = zip(arguments[:TENSORS], ordered, strict=True)
-    return [grad.to(t.dtype) for i, (t, grad) in enumerate(present) if t is not None and i != SEQ_IDX]
+    return [_cast(grad, t.dtype) for i, (t, grad) in enumerate(present) if t is not None and i != SEQ_IDX]
+
+
+def _totals(grads: Gradients, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dA and d(dt_bias) `(sets * h)` and dD, fp32."""
+    dA, dbias = (grads.heads.new_empty(grads.heads.shape[-1]) for _ in range(2))
+    parts = [Total(grads.heads, dA, dbias)]
+    dD = None
+    if grads.D is not None:
+        dD = torch.empty_like(inputs.D)
+        parts.append(Total(grads.D, dD))
+    totals(*parts)
+    return dA, dbias, dD
 
 
 def _scan_backward_fake(dy, dends, *args):

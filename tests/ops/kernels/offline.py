@@ -20,10 +20,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bimamba.ops.conv1d.kernels import conv_backward, conv_forward
+from bimamba.ops.conv1d.kernels import conv_backward, conv_forward, form_of
 from bimamba.ops.gated_norm.kernels import norm_backward, norm_forward
+from bimamba.ops.prepare import prepare
 from bimamba.ops.ssd.kernels.choose import Problem, forced
 from bimamba.ops.ssd.kernels.scan import Inputs, Saved, scan_backward, scan_forward
+from bimamba.ops.totals import Total, totals
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
 TARGETS = {"cuda:80": (80, 32), "cuda:90": (90, 32), "cuda:100": (100, 32), "hip:gfx942": ("gfx942", 64)}
@@ -88,7 +90,7 @@ def compile_all(target: str, dtype: torch.dtype, flags: dict, config: dict) -> l
     inputs = Inputs(x, (dt, dt), (A, A), (B, B), (B, B), (A, A), A, z, seq, (state, state))
     with forced(**config):
         _, _, saved = scan_forward(problem, inputs, save=True, keep_ungated=True, final=state is not None)
-        scan_backward(problem, inputs, Saved(*saved), x, None)
+        scan_backward(problem, inputs, Saved(*saved), x, None, (dt, dt))
     if flags.get("block", True):
         block_operators(dtype)
     return seen
@@ -99,13 +101,17 @@ def block_operators(dtype: torch.dtype) -> None:
     b, l, d, n = 2, 300, 256, 64
     projected = torch.empty(b, l, 2 * d + 2 * n + 8, dtype=dtype)
     z, xBC, _ = projected.split([d, d + 2 * n, 8], dim=-1)
-    form = (torch.empty(7, d + 2 * n), torch.empty(d + 2 * n), True, 3)
+    weight, bias = torch.empty(7, d + 2 * n), torch.empty(d + 2 * n)
     flags = torch.empty(b, l, dtype=torch.uint8), torch.empty(b, l, dtype=torch.int32)
-    parts = conv_forward(xBC, *form, *flags, [d, n, n])
-    conv_backward(parts, xBC, *form, *flags, torch.empty_like(projected)[..., d : 2 * d + 2 * n])
+    form, parts = form_of(weight, bias, True, 3, *flags, [d, n, n]), [xBC.new_empty(b, l, size) for size in (d, n, n)]
+    conv_forward(form, xBC, weight, bias, *flags, parts)
+    conv_backward(form, parts, xBC, weight, bias, *flags, torch.empty_like(projected)[..., d : 2 * d + 2 * n])
     y, z, weight = parts[0].flatten(0, 1), z.flatten(0, 1), torch.empty(d)
-    norm_forward(y, z, weight, 1e-5, True, d)
-    norm_backward(y, y, z, weight, 1e-5, True, d, dz=torch.empty_like(y), again=True)
+    norm_forward(y, z, weight, 1e-5, True, d, torch.empty_like(y))
+    _, parts, _ = norm_backward(y, y, z, weight, 1e-5, True, d, dz=torch.empty_like(y), again=True)
+    A, _ = prepare(torch.empty(4), torch.empty(d, 1, 7))
+    heads = Total(torch.empty(3, 2, 4), torch.empty(4), torch.empty(4), factor=A)
+    totals(heads, Total(torch.empty(3, 8, d), torch.empty(d, 1, 7), bias, taps=7), Total(parts, weight))
 
 
 if __name__ == "__main__":

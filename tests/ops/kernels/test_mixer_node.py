@@ -162,6 +162,22 @@ def test_node_keeps_the_projection_alone():
     assert [tuple(t.shape) for t in activations] == [(2, L, columns)]
 
 
+def test_single_tokens():
+    """A dimension of size 1 may have any stride."""
+    torch.manual_seed(0)
+    layer = BiMamba2(16, headdim=8, d_state=8).to(DEVICE)
+    projected = torch.randn(3, 1, layer.in_proj.out_features, device=DEVICE)
+    odd = projected.as_strided(projected.shape, (projected.shape[2], 12345, 1))
+    assert odd.is_contiguous() and odd.stride() != projected.stride()
+    results = []
+    for t in (projected, odd):
+        leaf = t.detach().requires_grad_()
+        y = layer._as_one_node(leaf, None, None, False)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()], allow_unused=True)))
+    for own, other in zip(*results, strict=True):
+        assert own is other is None or torch.equal(own, other)
+
+
 def test_columns_behind_the_projection_change_nothing():
     """On GPUs the projection is padded to whole rows of 16 bytes."""
     torch.manual_seed(0)

@@ -80,6 +80,13 @@ class Problem:
     def rows_shape(self, config: Config | Layout) -> tuple[int, ...]:
         return (self.b, self.h, self.sets, 3, self.chunks(config) * config.chunk)
 
+    def lines(self, config: Config) -> int:
+        """Pieces of d(a) a row: see `grad_dt.py`."""
+        return 4 + 2 * (self.n2 // config.grad_bc_block_n)
+
+    def lines_shape(self, config: Config) -> tuple[int, ...]:
+        return (self.b, self.h, self.sets, self.lines(config), self.chunks(config) * config.chunk)
+
 
 problem_of = functools.lru_cache(maxsize=4096)(Problem)  # one object a form: what is known of it is found at once
 
@@ -92,7 +99,7 @@ class Layout(NamedTuple):
     fill: int = 1  # 2: the forward walk passes two chunks a step, and the output stage writes the states between
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, as problems are
 class Config:
     """How it is computed. Blocks of p and n divide the padded sizes; `*_heads` divide h / g."""
 
@@ -140,10 +147,13 @@ def forced(**fields):
         _forced = before
 
 
+_replaced = functools.lru_cache(maxsize=1024)(replace)
+
+
 def choose(problem: Problem, saved: bool, backward: bool) -> Config:
     """The configuration of a pass; `saved`: the states are kept between forward and backward pass."""
     config = _rule(problem, layout(problem, saved), backward)
-    return replace(config, **_forced) if _forced else config
+    return _replaced(config, **_forced) if _forced else config
 
 
 def layout(problem: Problem, saved: bool) -> Layout:

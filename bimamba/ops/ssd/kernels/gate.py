@@ -1,11 +1,13 @@
 """The gate's gradient: with y = u * SiLU(z), du = dy * SiLU(z) and dz = dy * u * SiLU'(z). Elementwise, one pass."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import ceil_div, launch
+from bimamba.ops.launch import Launch, ceil_div
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -24,17 +26,10 @@ def grad_gate_kernel(dy, ungated, z, du, dz, size, BLOCK: tl.constexpr):
 def grad_gate(dy: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the output before the gate, and dz; all `(b, l, h, p)`."""
     du, dz = torch.empty_like(z), torch.empty_like(z)
-    launch(
-        grad_gate_kernel,
-        ceil_div(z.numel(), 2048),
-        z.device,
-        dy=dy,
-        ungated=ungated,
-        z=z,
-        du=du,
-        dz=dz,
-        size=z.numel(),
-        BLOCK=2048,
-        num_warps=4,
-    )
+    _launch(z.device, z.numel())(dy=dy, ungated=ungated, z=z, du=du, dz=dz)
     return du, dz
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(device: torch.device, size: int) -> Launch:
+    return Launch(grad_gate_kernel, ceil_div(size, 2048), device, size=size, BLOCK=2048, num_warps=4)

@@ -12,12 +12,14 @@ Lines (see `grad_x.py`), one a block of n: 4.. of the forward state's readers, t
 `crossing` is <S, g> of the states that cross the rows without being touched: it counts for every row's d(a).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import Launch
 
 from .choose import Config, Problem
 from .common import (
@@ -33,7 +35,7 @@ from .common import (
     sequence_ids,
     store_tile,
 )
-from .descriptors import state_tiles, tiles
+from .descriptors import line_tiles, tiles
 from .reduce import reduce_parts
 
 
@@ -290,59 +292,31 @@ def grad_bc(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """dB, dC, those of the backward direction (untied only), and `crossing (b * parts, h, 2, blocks of n)`."""
-    b, l, h, p = x.shape
-    q, tma, chunks, width = config.rows, config.tma, problem.chunks(config), config.grad_bc_block_n
-    parts = h // problem.g // config.grad_bc_heads
-    blocks_n = problem.n2 // width
-    crossing = torch.empty((b * chunks * config.halves, h, 2, blocks_n), dtype=torch.float32, device=x.device)
-    whole = parts == 1 and not problem.shift and (problem.untied or not problem.two_matrices)
+    blocks_n = problem.n2 // config.grad_bc_block_n
+    slots = problem.b * problem.chunks(config) * config.halves
+    crossing = torch.empty((slots, problem.h, 2, blocks_n), dtype=torch.float32, device=x.device)
+    parts = _parts(problem, config)
+    whole = _whole(problem, config)
 
     def one_side(B: Tensor, C: Tensor, forward: bool, backward: bool) -> tuple[Tensor, Tensor]:
         if whole:
             dB, dC = torch.empty_like(B), torch.empty_like(C)
         else:
-            dB, dC = torch.empty((2, parts * b, *B.shape[1:]), dtype=torch.float32, device=x.device).unbind()
-        launch(
-            grad_bc_kernel,
-            b * chunks * (h // config.grad_bc_heads) * blocks_n * config.halves,
-            x.device,
-            x=tiles(x, q, config.block_p, tma),
-            dy=tiles(dy, q, config.block_p, tma),
-            B=tiles(B, q, width, tma),
-            C=tiles(C, q, width, tma),
+            shape = (parts * problem.b, *B.shape[1:])
+            dB, dC = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+        _launch(problem, config, forward, backward, seq_idx is not None)(
+            x=x,
+            dy=dy,
+            B=B,
+            C=C,
             seq=seq_idx,
-            states=state_tiles(states, config.block_p, width, tma),
-            grad_states=state_tiles(grad_states, config.block_p, width, tma),
+            states=states,
+            grad_states=grad_states,
             rows=rows,
-            dB=tiles(dB, q, width, tma),
-            dC=tiles(dC, q, width, tma),
+            dB=dB,
+            dC=dC,
             lines=lines,
             crossing=crossing,
-            L=l,
-            CHUNKS=chunks,
-            NB=b,
-            H=h,
-            G=problem.g,
-            P=p,
-            N=problem.n,
-            Q=q,
-            HALVES=config.halves,
-            HEADS=config.grad_bc_heads,
-            LINES=lines.shape[3],
-            BLOCK_P=config.block_p,
-            BLOCK_N=width,
-            P2=problem.p2,
-            N2=problem.n2,
-            DIRECTIONS=problem.directions,
-            FORWARD=forward,
-            BACKWARD=backward,
-            SETS=problem.sets,
-            SHIFT=problem.shift,
-            HAS_SEQ=seq_idx is not None,
-            STAGES=config.grad_bc_stages,
-            TMA=tma,
-            PRECISION=problem.precision,
-            num_warps=config.grad_bc_warps,
         )
         return dB, dC
 
@@ -366,3 +340,54 @@ def grad_bc(
             crossing,
         )
     return reduce_parts([dB, dB_back], B), reduce_parts([dC, dC_back], C, [step, -step]), None, None, crossing
+
+
+def _parts(problem: Problem, config: Config) -> int:
+    """Of the heads of a group, each by a program of its own."""
+    return problem.h // problem.g // config.grad_bc_heads
+
+
+def _whole(problem: Problem, config: Config) -> bool:
+    """Whether a launch writes dB and dC themselves, and not parts that remain to be summed."""
+    return _parts(problem, config) == 1 and not problem.shift and (problem.untied or not problem.two_matrices)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(problem: Problem, config: Config, forward: bool, backward: bool, seq: bool) -> Launch:
+    b, q, chunks, width = problem.b, config.rows, problem.chunks(config), config.grad_bc_block_n
+    wide = tiles((b, problem.l, problem.h, problem.p), q, config.block_p)
+    narrow = tiles((b, problem.l, problem.g, problem.n), q, width)
+    sums = tiles((_parts(problem, config) * b, problem.l, problem.g, problem.n), q, width)
+    states = line_tiles(problem.states_shape(config), config.block_p, width)
+    descriptors = dict(x=wide, dy=wide, B=narrow, C=narrow, states=states, grad_states=states, dB=sums, dC=sums)
+    return Launch(
+        grad_bc_kernel,
+        b * chunks * (problem.h // config.grad_bc_heads) * (problem.n2 // width) * config.halves,
+        problem.device,
+        descriptors if config.tma else {},
+        L=problem.l,
+        CHUNKS=chunks,
+        NB=b,
+        H=problem.h,
+        G=problem.g,
+        P=problem.p,
+        N=problem.n,
+        Q=q,
+        HALVES=config.halves,
+        HEADS=config.grad_bc_heads,
+        LINES=problem.lines(config),
+        BLOCK_P=config.block_p,
+        BLOCK_N=width,
+        P2=problem.p2,
+        N2=problem.n2,
+        DIRECTIONS=problem.directions,
+        FORWARD=forward,
+        BACKWARD=backward,
+        SETS=problem.sets,
+        SHIFT=problem.shift,
+        HAS_SEQ=seq,
+        STAGES=config.grad_bc_stages,
+        TMA=config.tma,
+        PRECISION=problem.precision,
+        num_warps=config.grad_bc_warps,
+    )

@@ -8,16 +8,16 @@ d(dt) passes through clamp (zero where it clamped) and softplus. `lines (b, h, s
 the reader's own row when shifted.
 """
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import ceil_div, launch
+from bimamba.ops.launch import Launch, ceil_div, row_stride
 
 from .choose import Config, Problem
 from .common import ROW_LINES, softplus
-from .reduce import totals
 
 
 @triton.jit(do_not_specialize=["L", "PADDED", "PARTS", "SLOTS"])
@@ -25,13 +25,14 @@ def grad_dt_kernel(
     dt,
     A,
     bias,
-    least,
-    largest,
+    mask,
     rows,
     lines,
     crossing,
     ddt,
     sums,
+    least,
+    largest,
     L,
     PADDED,
     PARTS,
@@ -49,6 +50,9 @@ def grad_dt_kernel(
     SOFTPLUS: tl.constexpr,
     LIMITED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDE_DDT: tl.constexpr,
 ):
     LINES: tl.constexpr = 4 + 2 * BLOCKS_N
     HEAD_BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
@@ -86,8 +90,8 @@ def grad_dt_kernel(
                 own -= read
     da = tl.cumsum(in_reverse, 1, reverse=True) + tl.cumsum(in_order, 1) + own + crossed[:, None]
 
-    p_dt = (i_b * L + o_l)[None, :] * H + i_h[:, None]
-    v = tl.load(dt + p_dt, mask=m, other=0.0).to(tl.float32)
+    o_row = (i_b * L + o_l)[None, :]
+    v = tl.load(dt + o_row * STRIDE + i_h[:, None], mask=m, other=0.0).to(tl.float32)
     if HAS_BIAS:
         v += tl.load(bias + i_h, mask=m_h, other=0.0)[:, None]
     grad = da * tl.load(A + i_h, mask=m_h, other=0.0)[:, None] + direct
@@ -97,10 +101,12 @@ def grad_dt_kernel(
     if SOFTPLUS:
         grad = grad / (1.0 + tl.exp(-v))
     grad = tl.where(m, grad, 0.0)
-    tl.store(ddt + p_dt, grad.to(ddt.dtype.element_ty), mask=m)
-    p_sums = sums + (i_b * PARTS + i_part) * 2 * H + i_h
+    if HAS_MASK:
+        grad = tl.where((tl.load(mask + i_b * L + o_l, mask=o_l < L, other=0) != 0)[None, :], grad, 0.0)
+    tl.store(ddt + o_row * STRIDE_DDT + i_h[:, None], grad.to(ddt.dtype.element_ty), mask=m)
+    p_sums = sums + ((i_b * PARTS + i_part) * 2 * SETS + SET) * H + i_h
     tl.store(p_sums, tl.sum(tl.where(m, da * delta, 0.0), 1), mask=m_h)
-    tl.store(p_sums + H, tl.sum(grad, 1), mask=m_h)
+    tl.store(p_sums + SETS * H, tl.sum(grad, 1), mask=m_h)
 
 
 def grad_dt(
@@ -109,52 +115,69 @@ def grad_dt(
     dt: Tensor,
     A: Tensor,
     bias: Tensor | None,
+    mask: Tensor | None,
     rows: Tensor,
     lines: Tensor,
     crossing: Tensor,
-    dD: Tensor | None,
+    ddt: Tensor,
+    sums: Tensor,
     *,
     forward: bool,
     backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """ddt `(b, l, h)`, dA `(h)` and d(dt_bias) `(h)` of one set of parameters: of both directions, or of one;
-    and dD, summed from its parts in the same launch."""
-    b, l, h = dt.shape
-    parts = problem.parts(config)
-    heads = 8
-    ddt = torch.empty_like(dt)
-    sums = torch.empty((b * parts, 2, h), dtype=torch.float32, device=dt.device)
-    launch(
-        grad_dt_kernel,
-        b * parts * ceil_div(h, heads),
-        dt.device,
+) -> None:
+    """Writes ddt `(b, l, h)`, its rows at one distance, and into `sums (b * parts, 2, sets * h)` fp32 dA and d(dt_bias)
+    in parts: those of one set of parameters, of both directions or of one."""
+    flags = (forward, backward, bias is not None, mask is not None)
+    _launch(problem, config, row_stride(dt), row_stride(ddt), *flags)(
         dt=dt,
         A=A,
         bias=bias,
-        least=float(problem.dt_limit[0]),
-        largest=float(problem.dt_limit[1]),
+        mask=mask,
         rows=rows,
         lines=lines,
         crossing=crossing,
         ddt=ddt,
         sums=sums,
-        L=l,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    problem: Problem,
+    config: Config,
+    stride: int,
+    stride_ddt: int,
+    forward: bool,
+    backward: bool,
+    bias: bool,
+    mask: bool,
+) -> Launch:
+    parts, heads = problem.parts(config), 8
+    return Launch(
+        grad_dt_kernel,
+        problem.b * parts * ceil_div(problem.h, heads),
+        problem.device,
+        least=float(problem.dt_limit[0]),
+        largest=float(problem.dt_limit[1]),
+        L=problem.l,
         PADDED=problem.chunks(config) * config.chunk,
         PARTS=parts,
         SLOTS=problem.chunks(config) * config.halves,
-        H=h,
+        H=problem.h,
         Q=config.rows,
         HEADS=heads,
         SET=1 if problem.untied and not forward else 0,
         SETS=problem.sets,
         FORWARD=forward,
         BACKWARD=backward,
-        BLOCKS_N=crossing.shape[-1],
+        BLOCKS_N=problem.n2 // config.grad_bc_block_n,
         CROSSINGS=2 if problem.two_matrices and not problem.untied else 1,
         SHIFT=problem.shift,
         SOFTPLUS=problem.dt_softplus,
         LIMITED=problem.limited,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=bias,
+        HAS_MASK=mask,
+        STRIDE=stride,
+        STRIDE_DDT=stride_ddt,
         num_warps=4,
     )
-    return ddt, *totals(sums, dD)

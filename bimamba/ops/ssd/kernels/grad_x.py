@@ -13,12 +13,14 @@ itself takes off, where a sum excludes it; 3 the direct part of d(delta).
 
 # ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import Launch
 
 from .choose import Config, Problem
 from .common import (
@@ -37,7 +39,7 @@ from .common import (
     sum_both,
     sum_three,
 )
-from .descriptors import row_tiles, state_tiles, tiles
+from .descriptors import line_tiles, tiles
 
 
 @triton.jit(do_not_specialize=["L", "CHUNKS", "HEADS"])
@@ -379,50 +381,60 @@ def grad_x(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """dx, and dD in parts `(b * parts, h)` or `(b * parts, h, p)`. Writes lines 0-3 of `lines` (see `grad_dt.py`)."""
-    b, l, h, p = x.shape
     dx = torch.empty_like(x)
-    q, tma, chunks = config.rows, config.tma, problem.chunks(config)
     dD = None
     if D is not None:
         # A row block that lies wholly beyond the end returns at once: its part must read as zero
-        shape = (b * chunks * config.halves, *D.shape)
-        whole = problem.parts(config) == chunks * config.halves
-        dD = (torch.empty if whole else torch.zeros)(shape, dtype=torch.float32, device=x.device)
-
-    def wide(t):
-        return tiles(t, q, config.block_p, tma)
-
-    def narrow(t):
-        return tiles(t, q, config.block_n, tma)
-
-    launch(
-        grad_x_kernel,
-        b * chunks * (h // config.grad_x_heads) * config.halves,
-        x.device,
-        x=wide(x),
-        dy=wide(dy),
-        B=narrow(B),
-        C=narrow(C),
-        B_back=narrow(B_back) if problem.two_matrices else None,
-        C_back=narrow(C_back) if problem.two_matrices else None,
+        slots = problem.chunks(config) * config.halves
+        make = torch.empty if problem.parts(config) == slots else torch.zeros
+        dD = make((problem.b * slots, *D.shape), dtype=torch.float32, device=x.device)
+    two = problem.two_matrices
+    _launch(problem, config, 0 if D is None else D.dim(), seq_idx is not None)(
+        x=x,
+        dy=dy,
+        B=B,
+        C=C,
+        B_back=B_back if two else None,
+        C_back=C_back if two else None,
         D=D,
         seq=seq_idx,
-        grad_states=state_tiles(grad_states, config.block_p, config.block_n, tma),
-        rows=row_tiles(rows, q, tma and config.grad_x_row_tma),
+        grad_states=grad_states,
+        rows=rows,
         sums=rows,
-        dx=wide(dx),
+        dx=dx,
         lines=lines,
         dD=dD,
-        L=l,
+    )
+    return dx, dD
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(problem: Problem, config: Config, dims_D: int, seq: bool) -> Launch:
+    """`dims_D`: 0 where there is no D. `seq`: whether it is there."""
+    q, tma, chunks = config.rows, config.tma, problem.chunks(config)
+    row_tma = tma and config.grad_x_row_tma
+    wide = tiles((problem.b, problem.l, problem.h, problem.p), q, config.block_p)
+    narrow = tiles((problem.b, problem.l, problem.g, problem.n), q, config.block_n)
+    states = line_tiles(problem.states_shape(config), config.block_p, config.block_n)
+    descriptors = dict(x=wide, dy=wide, dx=wide, grad_states=states)
+    descriptors |= dict(B=narrow, C=narrow, B_back=narrow, C_back=narrow)
+    if row_tma:
+        descriptors["rows"] = line_tiles(problem.rows_shape(config), 1, q)
+    return Launch(
+        grad_x_kernel,
+        problem.b * chunks * (problem.h // config.grad_x_heads) * config.halves,
+        problem.device,
+        descriptors if tma else {},
+        L=problem.l,
         CHUNKS=chunks,
-        H=h,
+        H=problem.h,
         G=problem.g,
-        P=p,
+        P=problem.p,
         N=problem.n,
         Q=q,
         HALVES=config.halves,
         HEADS=config.grad_x_heads,
-        LINES=lines.shape[3],
+        LINES=problem.lines(config),
         BLOCK_P=config.block_p,
         BLOCK_N=config.block_n,
         P2=problem.p2,
@@ -430,13 +442,12 @@ def grad_x(
         BIDIRECTIONAL=problem.bidirectional,
         UNTIED=problem.untied,
         SHIFT=problem.shift,
-        HAS_SEQ=seq_idx is not None,
-        HAS_D=D is not None,
-        D_CHANNELS=D is not None and D.dim() == 2,
+        HAS_SEQ=seq,
+        HAS_D=dims_D > 0,
+        D_CHANNELS=dims_D == 2,
         STAGES=config.grad_x_stages,
         TMA=tma,
-        ROW_TMA=tma and config.grad_x_row_tma,
+        ROW_TMA=row_tma,
         PRECISION=problem.precision,
         num_warps=config.grad_x_warps,
     )
-    return dx, dD

@@ -11,12 +11,14 @@ half as many states. Where the backward pass wants a state for every block of ro
 
 # ruff: noqa: SIM102, SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import Launch
 
 from .choose import Config, Problem
 from .common import (
@@ -33,7 +35,7 @@ from .common import (
     store_state,
     store_tile,
 )
-from .descriptors import state_tiles, tiles
+from .descriptors import line_tiles, tiles
 
 
 @triton.jit(do_not_specialize=["L", "CHUNKS", "NB", "HEADS"])
@@ -308,40 +310,47 @@ def scan_output(
 ) -> tuple[Tensor, Tensor | None]:
     """`y (b, l, h, p)`, and if it is gated and `keep_ungated` the output before the gate, which the gradient of z
     needs."""
-    b, l, h, p = x.shape
     y = torch.empty_like(x)
     ungated = torch.empty_like(x) if keep_ungated and z is not None else None
-    q, halves, tma = config.rows, config.halves * config.fill, config.tma
-    chunks = problem.chunks(config) // config.fill
-
-    def wide(t):
-        return tiles(t, q, config.block_p, tma)
-
-    def narrow(t):
-        return tiles(t, q, config.block_n, tma)
-
-    launch(
-        output_kernel,
-        b * chunks * (h // config.output_heads) * (problem.p2 // config.block_p) * halves,
-        x.device,
-        x=wide(x),
-        B=narrow(B),
-        C=narrow(C),
-        B_back=narrow(B_back) if problem.two_matrices else None,
-        C_back=narrow(C_back) if problem.two_matrices else None,
+    two = problem.two_matrices
+    _launch(problem, config, 0 if D is None else D.dim(), z is not None, ungated is not None, seq_idx is not None)(
+        x=x,
+        B=B,
+        C=C,
+        B_back=B_back if two else None,
+        C_back=C_back if two else None,
         D=D,
-        z=wide(z),
+        z=z,
         seq=seq_idx,
-        states=state_tiles(states, config.block_p, config.block_n, tma),
+        states=states,
         rows=rows,
-        y=wide(y),
-        ungated=wide(ungated),
-        L=l,
+        y=y,
+        ungated=ungated,
+    )
+    return y, ungated
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(problem: Problem, config: Config, dims_D: int, gated: bool, keep_ungated: bool, seq: bool) -> Launch:
+    """`dims_D`: 0 where there is no D. The flags: whether these are there."""
+    q, halves = config.rows, config.halves * config.fill
+    chunks = problem.chunks(config) // config.fill
+    wide = tiles((problem.b, problem.l, problem.h, problem.p), q, config.block_p)
+    narrow = tiles((problem.b, problem.l, problem.g, problem.n), q, config.block_n)
+    states = line_tiles(problem.states_shape(config), config.block_p, config.block_n)
+    descriptors = dict(x=wide, z=wide, y=wide, ungated=wide, states=states)
+    descriptors |= dict(B=narrow, C=narrow, B_back=narrow, C_back=narrow)
+    return Launch(
+        output_kernel,
+        problem.b * chunks * (problem.h // config.output_heads) * (problem.p2 // config.block_p) * halves,
+        problem.device,
+        descriptors if config.tma else {},
+        L=problem.l,
         CHUNKS=chunks,
-        NB=b,
-        H=h,
+        NB=problem.b,
+        H=problem.h,
         G=problem.g,
-        P=p,
+        P=problem.p,
         N=problem.n,
         HEADS=config.output_heads,
         Q=q,
@@ -354,14 +363,13 @@ def scan_output(
         BIDIRECTIONAL=problem.bidirectional,
         UNTIED=problem.untied,
         SHIFT=problem.shift,
-        HAS_SEQ=seq_idx is not None,
-        HAS_D=D is not None,
-        D_CHANNELS=D is not None and D.dim() == 2,
-        GATED=z is not None,
-        KEEP_UNGATED=ungated is not None,
+        HAS_SEQ=seq,
+        HAS_D=dims_D > 0,
+        D_CHANNELS=dims_D == 2,
+        GATED=gated,
+        KEEP_UNGATED=keep_ungated,
         STAGES=config.output_stages,
-        TMA=tma,
+        TMA=config.tma,
         PRECISION=problem.precision,
         num_warps=config.output_warps,
     )
-    return y, ungated

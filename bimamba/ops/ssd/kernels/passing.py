@@ -5,11 +5,13 @@ them.
 Latency bound: narrow programs with many loads in flight.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import Launch
 
 from .choose import Config, Problem
 from .common import ROW_LINES, sequence_id
@@ -102,7 +104,6 @@ def passing_kernel(
 def pass_states(
     problem: Problem,
     config: Config,
-    fill: int,
     states: Tensor,
     rows: Tensor,
     *,
@@ -111,14 +112,8 @@ def pass_states(
     leave: tuple,
     grad: bool,
 ) -> None:
-    """Turns the chunks' own states into the states that enter them, in place; arguments as of `chunk_states`. `fill`:
-    only every so many states are there."""
-    block = min(config.passing_block, problem.p2 * problem.n2)
-    blocks = problem.p2 * problem.n2 // block
-    launch(
-        passing_kernel,
-        problem.b * problem.h * problem.directions * blocks,
-        states.device,
+    """Turns the chunks' own states into the states that enter them, in place; arguments as of `chunk_states`."""
+    _launch(problem, config, grad, seq_idx is not None, enter[0] is not None, leave[0] is not None)(
         states=states,
         rows=rows,
         seq=seq_idx,
@@ -126,6 +121,18 @@ def pass_states(
         enter_right=enter[1],
         leave_left=leave[0],
         leave_right=leave[1],
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(problem: Problem, config: Config, grad: bool, seq: bool, enter: bool, leave: bool) -> Launch:
+    block = min(config.passing_block, problem.p2 * problem.n2)
+    blocks = problem.p2 * problem.n2 // block
+    fill = 1 if grad else config.fill  # only every so many states are there
+    return Launch(
+        passing_kernel,
+        problem.b * problem.h * problem.directions * blocks,
+        problem.device,
         L=problem.l,
         CHUNKS=problem.chunks(config) // fill,
         H=problem.h,
@@ -140,9 +147,9 @@ def pass_states(
         DIRECTIONS=problem.directions,
         GRAD=grad,
         UNTIED=problem.untied,
-        HAS_SEQ=seq_idx is not None,
-        HAS_ENTER=enter[0] is not None,
-        HAS_LEAVE=leave[0] is not None,
+        HAS_SEQ=seq,
+        HAS_ENTER=enter,
+        HAS_LEAVE=leave,
         STAGES=config.passing_stages,
         num_warps=config.passing_warps,
     )

@@ -20,7 +20,7 @@ class Inputs(NamedTuple):
     """What a scan reads. Pairs are (forward, backward); tied directions hold the same tensor twice."""
 
     x: Tensor  # (b, l, h, p)
-    dt: tuple[Tensor, Tensor]  # (b, l, h)
+    dt: tuple[Tensor, Tensor]  # (b, l, h), rows at one distance
     A: tuple[Tensor, Tensor]  # (h)
     B: tuple[Tensor, Tensor]  # (b, l, g, n)
     C: tuple[Tensor, Tensor]  # (b, l, g, n)
@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
     z: Tensor | None  # (b, l, h, p)
     seq_idx: Tensor | None  # (b, l) int32
     initial: tuple[Tensor | None, Tensor | None]  # (b, h, p, n): both or none
+    mask: Tensor | None = None  # (b, l) uint8: 0 where the step size is zero, whatever dt is
 
 
 class Saved(NamedTuple):
@@ -40,13 +41,13 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
+    """Those of A, bias and D in parts: see `totals`."""
+
     x: Tensor
-    dt: tuple[Tensor, Tensor | None]
-    A: tuple[Tensor, Tensor | None]
     B: tuple[Tensor, Tensor | None]
     C: tuple[Tensor, Tensor | None]
-    bias: tuple[Tensor, Tensor | None]
-    D: Tensor | None
+    heads: Tensor  # (parts, 2, sets * h): of A and bias
+    D: Tensor | None  # (parts, h) or (parts, h, p)
     z: Tensor | None
     initial: Tensor | None  # (2, b, h, p, n) fp32
 
@@ -64,8 +65,11 @@ def scan_forward(
     return y, ends, Saved(states if save else None, rows if save else None, ungated)
 
 
-def scan_backward(problem: Problem, t: Inputs, saved: Saved, dy: Tensor, dfinal: Tensor | None) -> Gradients:
-    """All gradients, from `dy` and, where the final states were used, `dfinal (directions, b, h, p, n)` fp32."""
+def scan_backward(
+    problem: Problem, t: Inputs, saved: Saved, dy: Tensor, dfinal: Tensor | None, ddt: tuple[Tensor, Tensor]
+) -> Gradients:
+    """All gradients, from `dy` and, where the final states were used, `dfinal (directions, b, h, p, n)` fp32; `ddt`, as
+    `t.dt`, is written."""
     keeps = saved.states is not None
     config = choose(problem, saved=keeps, backward=True)
     states, rows = saved.states, saved.rows
@@ -93,31 +97,18 @@ def scan_backward(problem: Problem, t: Inputs, saved: Saved, dy: Tensor, dfinal:
         leave=(None, None) if dinitial is None else (dinitial[0], dinitial[-1]),
         grad=True,
     )
-    lines = 4 + 2 * (problem.n2 // config.grad_bc_block_n)
-    shape = (problem.b, problem.h, problem.sets, lines, problem.chunks(config) * config.chunk)
-    lines = torch.empty(shape, dtype=torch.float32, device=t.x.device)
+    lines = torch.empty(problem.lines_shape(config), dtype=torch.float32, device=t.x.device)
     dB, dC, dB_back, dC_back, crossing = grad_bc(
         problem, config, t.x, dy, *matrices, states, grad_states, rows, lines, seq_idx=t.seq_idx
     )
     del states  # where they were recomputed, dx takes their place
     dx, dD = grad_x(problem, config, t.x, dy, *matrices, grad_states, rows, lines, D=t.D, seq_idx=t.seq_idx)
-    shared = (rows, lines, crossing)
-    both = problem.bidirectional and not problem.untied
-    ddt, dA, dbias, dD = grad_dt(problem, config, t.dt[0], t.A[0], t.bias[0], *shared, dD, forward=True, backward=both)
-    back = (None, None, None)
-    if problem.untied:
-        back = grad_dt(problem, config, t.dt[1], t.A[1], t.bias[1], *shared, None, forward=False, backward=True)
-    return Gradients(
-        x=dx,
-        dt=(ddt, back[0]),
-        A=(dA, back[1]),
-        B=(dB, dB_back),
-        C=(dC, dC_back),
-        bias=(dbias, back[2]),
-        D=dD,
-        z=dz,
-        initial=dinitial,
-    )
+    shape = (problem.b * problem.parts(config), 2, problem.sets * problem.h)
+    heads = torch.empty(shape, dtype=torch.float32, device=t.x.device)
+    for i in range(problem.sets):
+        own = (t.dt[i], t.A[i], t.bias[i], t.mask, rows, lines, crossing, ddt[i], heads)
+        grad_dt(problem, config, *own, forward=i == 0, backward=problem.bidirectional and i == problem.sets - 1)
+    return Gradients(x=dx, B=(dB, dB_back), C=(dC, dC_back), heads=heads, D=dD, z=dz, initial=dinitial)
 
 
 def _states(problem: Problem, config, t: Inputs, rows: Tensor, leave=(None, None)) -> Tensor:
@@ -131,6 +122,7 @@ def _states(problem: Problem, config, t: Inputs, rows: Tensor, leave=(None, None
         dt=t.dt,
         A=t.A,
         bias=t.bias,
+        mask=t.mask,
         seq_idx=t.seq_idx,
         enter=t.initial,
         leave=leave,

@@ -13,16 +13,18 @@ then passes. The forward pass also writes `rows`, which every later stage reads.
 
 # ruff: noqa: SIM102 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import launch
+from bimamba.ops.launch import Launch, row_stride
 
 from .choose import Config, Problem
 from .common import LOG2E, ROW_LINES, load_tile, sequence_id, sequence_ids, step_size, store_state
-from .descriptors import state_tiles, tiles
+from .descriptors import line_tiles, tiles
 from .passing import pass_states
 
 
@@ -37,8 +39,7 @@ def states_kernel(
     A_back,
     bias,
     bias_back,
-    least,
-    largest,
+    mask,
     seq,
     enter_left,
     enter_right,
@@ -46,6 +47,8 @@ def states_kernel(
     leave_right,
     states,
     rows,
+    least,
+    largest,
     L,
     CHUNKS,
     H: tl.constexpr,
@@ -54,6 +57,7 @@ def states_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
+    STRIDE_DT: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,6 +71,7 @@ def states_kernel(
     SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LIMITED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_SEQ: tl.constexpr,
     HAS_ENTER: tl.constexpr,
     HAS_LEAVE: tl.constexpr,
@@ -128,8 +133,11 @@ def states_kernel(
     else:
         decay = tl.load(A + i_h).to(tl.float32) * LOG2E
         offset = tl.load(bias + i_h).to(tl.float32) if HAS_BIAS else 0.0
-        p_dt = dt + i_b.to(tl.int64) * L * H + i_h
-        ahead = tl.load(p_dt + (first * K + o_k).to(tl.int64) * H, mask=first * K + o_k < L, other=0.0)
+        p_dt = dt + i_b.to(tl.int64) * L * STRIDE_DT + i_h
+        ahead = tl.load(p_dt + (first * K + o_k).to(tl.int64) * STRIDE_DT, mask=first * K + o_k < L, other=0.0)
+        if HAS_MASK:
+            p_mask = mask + i_b.to(tl.int64) * L
+            ahead_mask = tl.load(p_mask + first * K + o_k, mask=first * K + o_k < L, other=0)
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     o_pn = (o_p + tl.arange(0, BLOCK_P))[:, None] * N + (o_n + tl.arange(0, BLOCK_N))[None, :]
     m_pn = ((o_p + tl.arange(0, BLOCK_P)) < P)[:, None] & ((o_n + tl.arange(0, BLOCK_N)) < N)[None, :]
@@ -164,9 +172,12 @@ def states_kernel(
             w = tl.exp2(tl.where(own == 0, v, total - v))
         else:
             o_next = i_next * K + o_k
-            ahead = tl.load(p_dt + o_next.to(tl.int64) * H, mask=(o_next >= 0) & (o_next < L), other=0.0)
+            ahead = tl.load(p_dt + o_next.to(tl.int64) * STRIDE_DT, mask=(o_next >= 0) & (o_next < L), other=0.0)
             delta = step_size(v.to(tl.float32) + offset, least, largest, SOFTPLUS, LIMITED)
             delta = tl.where(o_l + o_k < L, delta, 0.0)
+            if HAS_MASK:
+                delta = tl.where(ahead_mask != 0, delta, 0.0)
+                ahead_mask = tl.load(p_mask + o_next, mask=(o_next >= 0) & (o_next < L), other=0)
             a = delta * decay
             s = tl.cumsum(a, 0)
             total = tl.min(s, 0)  # the last one
@@ -219,6 +230,7 @@ def chunk_states(
     dt: tuple = (None, None),
     A: tuple = (None, None),
     bias: tuple = (None, None),
+    mask: Tensor | None = None,
     seq_idx: Tensor | None = None,
     enter: tuple = (None, None),
     leave: tuple = (None, None),
@@ -230,20 +242,11 @@ def chunk_states(
     With `grad`, `x` is dy and `B` is C. Writes `rows` unless `grad`. `enter` and `leave` are (at the left edge, at the
     right edge): states fp32 `(b, h, p, n)` to start from, and tensors that receive what arrives in the end.
     """
-    b, l, h, p = x.shape
     states = torch.empty(problem.states_shape(config), dtype=x.dtype, device=x.device)
-    blocks = (problem.p2 // config.block_p) * (problem.n2 // config.states_block_n)
-    fill = 1 if grad else config.fill
-    chunk, chunks = config.chunk * fill, problem.chunks(config) // fill
-    programs = b * h * problem.directions * blocks * (1 if config.walk else chunks)
-    tma = config.tma and not problem.untied  # a descriptor cannot be chosen by direction outside the loop
-    width = config.states_block_n
-    launch(
-        states_kernel,
-        programs,
-        x.device,
-        x=tiles(x, chunk, config.block_p, tma),
-        B=tiles(B, chunk, width, tma),
+    flags = (bias[0] is not None, mask is not None, seq_idx is not None, enter[0] is not None, leave[0] is not None)
+    _launch(problem, config, grad, 0 if grad else row_stride(dt[0]), *flags)(
+        x=x,
+        B=B,
         B_back=B_back,
         dt=dt[0],
         dt_back=dt[1],
@@ -251,23 +254,58 @@ def chunk_states(
         A_back=A[1],
         bias=bias[0],
         bias_back=bias[1],
-        least=float(problem.dt_limit[0]),
-        largest=float(problem.dt_limit[1]),
+        mask=mask,
         seq=seq_idx,
         enter_left=enter[0],
         enter_right=enter[1],
         leave_left=leave[0],
         leave_right=leave[1],
-        states=state_tiles(states, config.block_p, width, tma),
+        states=states,
         rows=rows,
-        L=l,
+    )
+    if not config.walk:
+        pass_states(problem, config, states, rows, seq_idx=seq_idx, enter=enter, leave=leave, grad=grad)
+    return states
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    problem: Problem,
+    config: Config,
+    grad: bool,
+    stride_dt: int,
+    bias: bool,
+    mask: bool,
+    seq: bool,
+    enter: bool,
+    leave: bool,
+) -> Launch:
+    """The flags: whether these are there."""
+    blocks = (problem.p2 // config.block_p) * (problem.n2 // config.states_block_n)
+    fill = 1 if grad else config.fill
+    chunk, chunks, width = config.chunk * fill, problem.chunks(config) // fill, config.states_block_n
+    tma = config.tma and not problem.untied  # a descriptor cannot be chosen by direction outside the loop
+    descriptors = dict(
+        x=tiles((problem.b, problem.l, problem.h, problem.p), chunk, config.block_p),
+        B=tiles((problem.b, problem.l, problem.g, problem.n), chunk, width),
+        states=line_tiles(problem.states_shape(config), config.block_p, width),
+    )
+    return Launch(
+        states_kernel,
+        problem.b * problem.h * problem.directions * blocks * (1 if config.walk else chunks),
+        problem.device,
+        descriptors if tma else {},
+        least=float(problem.dt_limit[0]),
+        largest=float(problem.dt_limit[1]),
+        L=problem.l,
         CHUNKS=chunks,
-        H=h,
+        H=problem.h,
         G=problem.g,
-        P=p,
+        P=problem.p,
         N=problem.n,
         Q=config.rows,
         HALVES=config.halves * fill,
+        STRIDE_DT=stride_dt,
         SLOTS=fill,
         BLOCK_P=config.block_p,
         BLOCK_N=width,
@@ -279,17 +317,15 @@ def chunk_states(
         UNTIED=problem.untied,
         SHIFT=problem.shift,
         SOFTPLUS=problem.dt_softplus,
-        HAS_BIAS=bias[0] is not None,
+        HAS_BIAS=bias,
         LIMITED=problem.limited,
-        HAS_SEQ=seq_idx is not None,
-        HAS_ENTER=enter[0] is not None,
-        HAS_LEAVE=leave[0] is not None,
+        HAS_MASK=mask,
+        HAS_SEQ=seq,
+        HAS_ENTER=enter,
+        HAS_LEAVE=leave,
         STAGES=config.states_stages,
         TMA=tma,
         EXACT=problem.dtype == torch.float32,
         PRECISION=problem.precision,
         num_warps=config.states_warps,
     )
-    if not config.walk:
-        pass_states(problem, config, fill, states, rows, seq_idx=seq_idx, enter=enter, leave=leave, grad=grad)
-    return states
