@@ -39,6 +39,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -346,12 +347,13 @@ class Benchmark:
                     runs[name, f"{strategy} {mode}".strip(), n] = self.make(
                         "throughput", name, strategy, n, *extra, kind=mode
                     )
+        runs = {key: run for key, run in runs.items() if not re.search(self.a.without, run.name)}
         few = [key for key in runs if self.a.beside and key[2] < self.most]
         for keys in (few, *([key] for key in runs if key not in few)):
             self.host.run([runs[key] for key in keys], alone=keys is not few)
             for name, label, n in keys:
-                base = runs[name, label.replace("ddp", "single").replace("fsdp", "single"), 1]
-                rate, alone = self._rate(runs[name, label, n]), self._rate(base)
+                base = runs.get((name, label.replace("ddp", "single").replace("fsdp", "single"), 1))
+                rate, alone = self._rate(runs[name, label, n]), base and self._rate(base)
                 efficiency = rate / (n * alone) if rate and alone else None
                 self.row("throughput", runs[name, label, n], label, **{"samples/s": rate, "efficiency": efficiency})
 
@@ -472,6 +474,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=150, help="seconds of one run")
     parser.add_argument("--minutes", type=float, default=60, help="no run begins after so many")
     parser.add_argument("--beside", action="store_true", help="throughput: runs that leave GPUs free go side by side")
+    parser.add_argument("--without", default="$.", help="throughput: leave out runs whose name this pattern finds")
     parser.add_argument("--no-graph", action="store_true", help="leave out torch.compile")
     parser.add_argument("--tiny", action="store_true", help="a network, data and numbers of steps for a CPU")
     a = parser.parse_args(given)

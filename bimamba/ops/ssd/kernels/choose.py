@@ -197,8 +197,11 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
     walks = problem.b * problem.h * problem.directions * (problem.p2 // block_p) * (problem.n2 // narrow)
     walk_rows = chunk if backward else chunk * fill
     row_blocks = problem.b * -(-problem.l // (chunk // halves)) * problem.g
-    # grad_bc sums over heads in registers and its parts through memory: 137 in one part (256 programs), 193 in two
-    parts = 1 if little else max(1, 2 * device.processors // row_blocks)
+    parts = max(
+        1, 2 * device.processors // row_blocks
+    )  # of a group's heads, so that two programs a processor are there
+    # All 24 heads in one program: output 127 with the states' stage, 129.5 by 12, 133 by 8, 136 by 6; grad_x 110 and 111
+    several = _divisor(heads, min(24, max(1, heads // parts)))
     return Config(
         chunk=chunk,
         halves=halves,
@@ -212,18 +215,19 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
         states_stages=1 if exact else 3 if roomy and (walk_rows == 64 or block_n > 64) else 2,
         # Halves: 81 with 2 stages, 74 with 3; filling in 99 and 113; whole 85 and 80. n 128: 1 stage 140, 2 stages 114,
         # in halves 148 and 158
-        output_heads=_divisor(heads, 12),
+        output_heads=several,
         output_stages=_stages(
             exact or not roomy, 1 if block_n > 64 and halves == 2 else 3 if block_n <= 64 and fill == 1 else 2
         ),
         # n 64: 126 with 2 stages, 114 with 3, 119 with plain loads; in halves 144. n 128: 204, by descriptors 239
-        grad_x_heads=_divisor(heads, 12),
+        grad_x_heads=several,
         grad_x_stages=_stages(exact or not roomy, 1 if block_n > 64 else 2 if halves == 2 else 3),
         # The copy engine writes to multiples of 128 bytes, and a stage's buffers lie side by side
         grad_x_row_tma=block_n <= 64 and chunk // halves >= 32,
         # n 64: 137 with 2 stages, 176 with 3; in halves 310, 224 with 1. n 128: blocks of 64 241, of 128 249
         grad_bc_block_n=narrow,
-        grad_bc_heads=_divisor(heads, max(1, heads // parts)),
+        # Its parts are summed through memory: 137 in one part (256 programs), 193 in two
+        grad_bc_heads=heads if little else _divisor(heads, max(1, heads // parts)),
         grad_bc_stages=_stages(exact or not roomy, 1 if halves == 2 else 2),
     )
 
