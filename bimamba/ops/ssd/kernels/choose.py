@@ -197,10 +197,9 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
     walks = problem.b * problem.h * problem.directions * (problem.p2 // block_p) * (problem.n2 // narrow)
     walk_rows = chunk if backward else chunk * fill
     row_blocks = problem.b * -(-problem.l // (chunk // halves)) * problem.g
-    parts = max(
-        1, 2 * device.processors // row_blocks
-    )  # of a group's heads, so that two programs a processor are there
-    # All 24 heads in one program: output 127 with the states' stage, 129.5 by 12, 133 by 8, 136 by 6; grad_x 110 and 111
+    # Parts of a group's heads, so that there are two programs a processor. All 24 heads in one program: output and the
+    # states' stage 127, 129.5 by 12, 133 by 8, 136 by 6
+    parts = max(1, 2 * device.processors // row_blocks)
     several = _divisor(heads, min(24, max(1, heads // parts)))
     return Config(
         chunk=chunk,
