@@ -435,8 +435,13 @@ def draw(path: Path, bench: Benchmark, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(bench.known) + 1, figsize=(5 * (len(bench.known) + 1), 4))
-    for axis, workload in zip(axes, bench.known, strict=False):
+    bars = [(r["workload"], r["run"], r["GPUs"], r["efficiency"]) for r in bench.rows if r.get("efficiency")]
+    drawn = [name for name in bench.known if any(key[0] == name and curve for key, curve in bench.points.items())]
+    panels = len(drawn) + bool(bars)
+    if not panels:
+        return
+    figure, (axes,) = plt.subplots(1, panels, figsize=(5 * panels, 4), squeeze=False)
+    for axis, workload in zip(axes, drawn, strict=False):
         for (name, label), curve in bench.points.items():
             if name == workload and curve:
                 axis.plot(*zip(*curve, strict=True), label=label, linewidth=1, alpha=0.7)
@@ -444,11 +449,11 @@ def draw(path: Path, bench: Benchmark, title: str) -> None:
         axis.set_xlabel("step")
         axis.set_ylabel("train/loss")
         axis.legend(fontsize=6)
-    bars = [(r["workload"], r["run"], r["GPUs"], r["efficiency"]) for r in bench.rows if r.get("efficiency")]
-    axes[-1].bar(range(len(bars)), [bar[3] for bar in bars])
-    axes[-1].set_xticks(range(len(bars)), [f"{w}\n{r} {n}" for w, r, n, _ in bars], rotation=90, fontsize=6)
-    axes[-1].axhline(1, color="black", linewidth=0.5)
-    axes[-1].set_title("efficiency, one batch a GPU", fontsize=9)
+    if bars:
+        axes[-1].bar(range(len(bars)), [bar[3] for bar in bars])
+        axes[-1].set_xticks(range(len(bars)), [f"{w}\n{r} {n}" for w, r, n, _ in bars], rotation=90, fontsize=6)
+        axes[-1].axhline(1, color="black", linewidth=0.5)
+        axes[-1].set_title("efficiency, one batch a GPU", fontsize=9)
     figure.suptitle(title, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -87,6 +87,7 @@ LOCAL = {
     "cifar10_pixels_fast": lambda f: [f"data.path={images(f)}"],
     "cifar10_patches": lambda f: [f"data.path={images(f)}"],
     "cifar10_patches_stem": lambda f: [f"data.path={images(f)}"],
+    "cifar10_patches_local": lambda f: [f"data.path={images(f)}"],
     "promoters": lambda f: [f"data.path={fasta(f)}"],
     "arabidopsis": lambda f: [f"data.path={table(f, ('seq', 'label'))}"],
     "ecoli_sigma70": lambda f: [f"data.path={fasta(f)}"],
