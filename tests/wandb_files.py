@@ -31,13 +31,14 @@ def records(path: Path):
 
 def finished(folder: Path) -> list:
     """All records of a folder's one run. W&B writes them in another process, which may be a moment behind."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    deadline = time.monotonic() + 30
-    found = list(records(path))
+    deadline = time.monotonic() + 60
+    found: list = []
     while not any(r.HasField("exit") for r in found):
-        assert time.monotonic() < deadline, f"{path} has no end after {len(found)} records"
-        time.sleep(0.2)
-        found = list(records(path))
+        paths = list(folder.glob("wandb/offline-run-*/*.wandb"))
+        assert len(paths) < 2, f"one run expected, got {paths}"
+        assert time.monotonic() < deadline, f"{folder}: {paths} has no end after {len(found)} records"
+        time.sleep(0.1)
+        found = [r for path in paths for r in records(path)]
     return found
 
 
