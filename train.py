@@ -30,6 +30,8 @@ from bimamba.quiet import quiet
 from bimamba.runs import claimed, locate
 from bimamba.spec import DataSpec
 
+FIRST_JOB = "BIMAMBA_FIRST_JOB"  # of a sweep, that a process takes part in
+
 config.register_resolvers()
 config.load_dotenv()
 quiet()
@@ -89,6 +91,11 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
     task: Any = make_task(cfg, spec, saved, checkpoint)
     trainer: Trainer = instantiate(cfg.trainer, callbacks=make_callbacks(cfg), logger=make_loggers(cfg))
+    if torch.distributed.is_initialized() and (started := torch.distributed.get_world_size()) != trainer.world_size:
+        raise ValueError(
+            f"a sweep that has begun with {started} processes: expected as many in each job that follows, got "
+            f"{trainer.world_size}; run the others in a sweep of their own"
+        )
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
 
@@ -177,9 +184,14 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def main(cfg: DictConfig) -> float | None:
     """Hydra's entry; returns `optimized_metric` to a sweeper."""
     job = HydraConfig.get()
-    if job.mode == RunMode.MULTIRUN and "LOCAL_RANK" not in os.environ:
-        # Lightning starts the other processes by this command line, and they would open a sweep's folder of their own
-        sys.argv.append(f'hydra.sweep.dir="{job.sweep.dir}"')
+    if job.mode == RunMode.MULTIRUN:
+        # Lightning starts a job's other processes by this command line, and they go on through the sweep: in its
+        # folder, not in one of their own, and from that job on
+        if "LOCAL_RANK" not in os.environ:
+            sys.argv.append(f'hydra.sweep.dir="{job.sweep.dir}"')
+            os.environ[FIRST_JOB] = str(job.job.num)
+        elif job.job.num < int(os.environ.get(FIRST_JOB, 0)):
+            return None
     try:
         with config.clear_errors(sweeping=job.mode == RunMode.MULTIRUN):
             metrics = train(cfg, job.overrides.task, job.runtime.choices)

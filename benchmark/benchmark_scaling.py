@@ -124,7 +124,7 @@ class Run:
     devices: int
     overrides: list[str]
     folder: Path = Path()
-    gpus: list[int] = field(default_factory=list)
+    gpus: list[str] = field(default_factory=list)
     process: Any = None
     begun: float = 0.0
     seconds: float = 0.0
@@ -157,7 +157,7 @@ class Run:
 class Host:
     """Runs commands on GPUs that are free, several at a time or one alone; keeps what failed."""
 
-    def __init__(self, gpus: list[int], a: argparse.Namespace, work: Path, failed: Path) -> None:
+    def __init__(self, gpus: list[str], a: argparse.Namespace, work: Path, failed: Path) -> None:
         self.gpus, self.cpu, self.work, self.failed = gpus, a.device == "cpu", work, failed
         self.timeout, self.end = a.timeout, time.monotonic() + 60 * a.minutes
         failed.unlink(missing_ok=True)
@@ -193,7 +193,7 @@ class Host:
         if self.cpu:
             env["OMP_NUM_THREADS"] = "1"
         else:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, run.gpus))
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(run.gpus)
         command = ["train.py", *run.overrides, f"trainer.devices={run.devices}", *where]
         print(f"{run.name}: python {' '.join(command)}", flush=True)
         with open(self._log(run), "w") as log:  # a group of its own: the other processes of the run end with it
@@ -272,18 +272,19 @@ class Benchmark:
             )
         # The largest first: they leave no gaps
         self.host.run(sorted(runs.values(), key=lambda r: -r.devices))
-        self.points = {key: self._curve(run) for key, run in runs.items()}
+        self.points = {key: self._logged(run, "train/loss") for key, run in runs.items()}
         for (name, label), run in runs.items():
             self.row("curves", run, label, **differences(self.points[name, label], self.points[name, "single"]))
         write_curves(self.a.out / "scaling_curves.csv", self.points)
         if "checks" in self.a.parts:
             self.checks([run for run in runs.values() if run.devices == self.most > 1])
 
-    def _curve(self, run: Run) -> list[tuple[int, float]]:
+    def _logged(self, run: Run, column: str) -> list[tuple[int, float]]:
+        """Nothing of a run that failed, or that left nothing."""
         if not run.ok:
             return []
         try:
-            return run.logged("train/loss")
+            return run.logged(column)
         except (OSError, KeyError, ValueError) as error:
             run.result = f"unreadable: {error}"
             return []
@@ -359,10 +360,8 @@ class Benchmark:
 
     def _rate(self, run: Run) -> float | None:
         """Samples a second over all GPUs, the median after the first two stretches."""
-        if not run.ok:
-            return None
-        rates = [value for _, value in run.logged("performance/samples_per_second")][2:]
-        return statistics.median(rates) if rates else None
+        rates = self._logged(run, "performance/samples_per_second")[2:]
+        return statistics.median(value for _, value in rates) if rates else None
 
 
 def differences(curve: list[tuple[int, float]], base: list[tuple[int, float]]) -> dict[str, Any]:
@@ -506,7 +505,7 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
         genome = work / "genome.fa"
         if "dna_16k" in a.workloads:
             write_genome(genome, 512, 256 if a.tiny else 16384)
-        gpus = visible() if a.device == "cuda" else list(range(max(a.devices)))
+        gpus = visible() if a.device == "cuda" else [str(n) for n in range(max(a.devices))]
         bench = Benchmark(a, Host(gpus, a, work, a.out / "scaling_failed.txt"), work, workloads(a, genome))
         for part in ("curves", "throughput"):
             if part in a.parts:
@@ -518,10 +517,10 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     return bench.rows
 
 
-def visible() -> list[int]:
-    """Numbers of the GPUs that this process may use."""
+def visible() -> list[str]:
+    """Numbers, or identifiers, of the GPUs that this process may use."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [int(n) for n in named.split(",")] if named else list(range(torch.cuda.device_count()))
+    return named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]
 
 
 if __name__ == "__main__":

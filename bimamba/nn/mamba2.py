@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bimamba.nn.decay import undecayed
+from bimamba.ops.backend import expect_device
 from bimamba.ops.conv1d import ACTIVATIONS, MAX_WIDTH, depthwise_conv1d
 from bimamba.ops.gated_norm import rms_norm_gated
 from bimamba.ops.ssd import bimamba_chunk_scan_combined, choose_backend, mamba_chunk_scan_combined
@@ -141,7 +142,7 @@ class _Mamba2(nn.Module):
             `(b, l, d_model)`; rows at padding are not meaningful.
 
         Raises:
-            ValueError: an input whose shape does not fit.
+            ValueError: an input whose shape, dtype or device does not fit.
         """
         if u.dim() != 3 or u.shape[-1] != self.d_model:
             raise ValueError(f"u: expected (b, l, d_model) with d_model = {self.d_model}, got {tuple(u.shape)}")
@@ -154,6 +155,9 @@ class _Mamba2(nn.Module):
             )
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
+        if seq_idx is not None and seq_idx.shape != u.shape[:2]:
+            raise ValueError(f"seq_idx: expected shape (b, l) = {tuple(u.shape[:2])}, got {tuple(seq_idx.shape)}")
+        expect_device("u", u, mask=mask, seq_idx=seq_idx)
         projected = self.in_proj(u)
         recompute = self.use_mem_eff_path and torch.is_grad_enabled()
         if self._is_one_node(projected, mask, recompute):

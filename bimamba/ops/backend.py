@@ -13,6 +13,20 @@ from torch import Tensor
 _said: set[str] = set()
 
 
+def expect_device(name: str, x: Tensor, **others: Tensor | None) -> None:
+    """Kernels are handed addresses: one of another device would be read all the same.
+
+    Args:
+        name: of x.
+
+    Raises:
+        ValueError: one of `others` lies on another device than x.
+    """
+    for other, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{other}: expected the device of {name}, {x.device}, got {t.device}")
+
+
 def choose_backend(x: Tensor, backend: str, backends: tuple[str, ...], refusal: Callable[[], str | None]) -> str:
     """One of `backends`, which hold "auto", "triton" and "torch".
 

@@ -8,6 +8,7 @@ on no more than dtype and alignment.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+# For a launch, or what else follows from sizes and flags alone. A new length costs 0.3 ms and keeps 27 kB for all the
+# launches of a block (measured on a CPU), so thousands of lengths do not stay.
+once_a_form = functools.lru_cache(maxsize=512)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -56,7 +61,8 @@ class Launch:
         settings: the kernel's other arguments and options. A kernel takes its tensors first, and integers must be
             constexpr or listed in `do_not_specialize`: their values are not looked at.
 
-    A launch is made once for a form and kept (`functools.lru_cache`). It holds no tensor.
+    A launch is made once for a form and kept (`once_a_form`). It holds no tensor. That tensors are on `device` is for
+    callers to see to (`backend.expect_device`): addresses do not tell.
     """
 
     def __init__(
@@ -88,7 +94,9 @@ class Launch:
         values: list[Any] = list(tensors.values())
         # Addresses, not tensors: else the launcher asks each for its own, and the driver whose it is
         addresses = [None if t is None else t.data_ptr() for t in values]
-        kinds = [None if t is None else t.dtype for t in values]
+        kinds: list[Any] = [None if t is None else t.dtype for t in values]
+        if torch.version.hip is not None:  # there Triton compiles for tensors below 2 GB what others must not run
+            kinds += [None if t is None else t.untyped_storage().nbytes() < 2**31 for t in values]
         unaligned = [i for i, address in enumerate(addresses) if address and address % 16]
         compiled = self.compiled.get((*kinds, *unaligned))
         if compiled is None or _watched():

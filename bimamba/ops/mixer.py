@@ -22,6 +22,7 @@ from .conv1d.kernels import conv_backward, conv_forward
 from .conv1d.reference import taps_before
 from .entrance import below_autograd, differentiable, enter, implement
 from .gated_norm.kernels import norm_backward, norm_forward
+from .launch import once_a_form
 from .prepare import Prepared, prepare
 from .ssd.binding import states_fit
 from .ssd.kernels.choose import Problem, layout, problem_of
@@ -204,7 +205,7 @@ def _plan(
     )
 
 
-_kept_plan = functools.lru_cache(maxsize=4096)(_plan)
+_kept_plan = once_a_form(_plan)
 
 
 def _plan_of(projected: Tensor, p: Parameters, form: Form, mask: bool, seq: bool, make=_kept_plan) -> _Plan:

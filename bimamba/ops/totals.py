@@ -3,7 +3,6 @@ float atomics, so two runs give the same bits."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, ceil_div
+from .launch import Launch, ceil_div, once_a_form
 
 SLOTS = 4  # sums that a launch takes
 ROWS, BLOCK = 256, 8
@@ -119,7 +118,7 @@ def totals(*parts: Total) -> None:
     _launch(parts[0].sums.device, *[(t.sums.shape, t.out.numel(), t.taps) for t in parts])(**tensors)
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _launch(device: torch.device, *forms: tuple[torch.Size, int, int]) -> Launch:
     """forms: shape of the sums, elements of `out`, taps."""
     settings: dict[str, Any] = {}

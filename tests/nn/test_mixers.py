@@ -130,6 +130,11 @@ def test_step_sizes_start_in_range():
         (lambda: Attention(30, headdim=8), "headdim: expected a divisor of d_model = 30, got 8"),
         (lambda: make("bimamba2")(torch.randn(2, 5, 8)), "u: expected \\(b, l, d_model\\) with d_model = 16"),
         (lambda: make("bimamba2")(torch.randn(2, 5, 16), torch.ones(2, 4).bool()), "mask: expected shape"),
+        (
+            lambda: make("bimamba2")(torch.randn(2, 5, 16), torch.ones(2, 5, device="meta").bool()),
+            "mask: expected the device of u, cpu, got meta",
+        ),
+        (lambda: make("bimamba2")(torch.randn(2, 5, 16), None, torch.ones(2, 4).int()), "seq_idx: expected shape"),
         (lambda: depthwise_conv1d(torch.randn(2, 5, 3), torch.randn(4, 3)), "x: expected \\(b, l, d\\) with d = 4"),
         (lambda: rms_norm_gated(torch.randn(2, 6), None, torch.ones(6), group_size=4), "group_size"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend
+from ..backend import choose_backend, expect_device
 from .reference import ACTIVATIONS, conv1d_reference
 
 BACKENDS = ("auto", "triton", "torch")
@@ -44,7 +44,7 @@ def depthwise_conv1d(
         padding are not meaningful.
 
     Raises:
-        ValueError: sizes or dtypes that do not fit, or an unknown activation.
+        ValueError: sizes, dtypes or devices that do not fit, or an unknown activation.
     """
     d, width = weight.shape
     if x.dim() != 3 or x.shape[-1] != d:
@@ -58,6 +58,7 @@ def depthwise_conv1d(
     for name, value in (("mask", mask), ("seq_idx", seq_idx)):
         if value is not None and value.shape != x.shape[:2]:
             raise ValueError(f"{name}: expected shape (b, l) = {tuple(x.shape[:2])}, got {tuple(value.shape)}")
+    expect_device("x", x, weight=weight, bias=bias, mask=mask, seq_idx=seq_idx)
     if split is not None and (sum(split) != d or min(split) < 1):
         raise ValueError(f"split: expected positive sizes that sum to d = {d}, got {split}")
 

@@ -6,7 +6,6 @@ finds x, B and C contiguous. The gradient walks down the rows, a warp a walk, an
 
 # ruff: noqa: RUF005 - Triton joins tuples by +, it does not unpack them
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, ceil_div, row_stride
+from ..launch import Launch, ceil_div, once_a_form, row_stride
 
 BLOCK_L, BLOCK_D = 64, 64
 # Walks of the gradient: how many a program takes, a warp each; how many rows at least, for all of them read
@@ -352,7 +351,7 @@ def conv_forward(
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _forward(form: Form, device: torch.device, b: int, l: int, stride: int) -> Launch:
     return Launch(
         conv_kernel,
@@ -392,7 +391,7 @@ def conv_backward(
     return sums
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _backward(form: Form, device: torch.device, b: int, l: int, stride: int, stride_dx: int) -> tuple[Launch, int]:
     """The launch, and how many groups of walks write sums."""
     blocks = _count(form.split)

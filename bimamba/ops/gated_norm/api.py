@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend
+from ..backend import choose_backend, expect_device
 from .reference import rms_norm_gated_reference
 
 BACKENDS = ("auto", "triton", "torch")
@@ -36,7 +36,7 @@ def rms_norm_gated(
         `(..., d)` in `dtype`, by default that of `y`.
 
     Raises:
-        ValueError: shapes that do not fit, or `d` is not a multiple of `group_size`.
+        ValueError: shapes or devices that do not fit, or `d` is not a multiple of `group_size`.
     """
     d = y.shape[-1]
     if group_size is not None and (group_size < 1 or d % group_size):
@@ -45,6 +45,7 @@ def rms_norm_gated(
         raise ValueError(f"weight: expected shape (d) = ({d},), got {tuple(weight.shape)}")
     if z is not None and z.shape != y.shape:
         raise ValueError(f"z: expected the shape of y, {tuple(y.shape)}, got {tuple(z.shape)}")
+    expect_device("y", y, z=z, weight=weight)
     size = group_size or d
 
     def refusal() -> str | None:

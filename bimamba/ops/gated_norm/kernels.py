@@ -2,14 +2,12 @@
 
 # ruff: noqa: SIM102 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, ceil_div, row_stride
+from ..launch import Launch, ceil_div, once_a_form, row_stride
 
 PROGRAMS = 1024  # of the gradient, which sums its weight's gradient over the rows it walks
 
@@ -139,7 +137,7 @@ def norm_forward(
     launch(y=y, z=z, weight=weight, out=out)
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _forward(
     device: torch.device, m: int, d: int, stride: int | None, eps: float, norm_before_gate: bool, group_size: int
 ) -> Launch:
@@ -183,7 +181,7 @@ def norm_backward(
     return dy, sums, out
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _backward(
     device: torch.device,
     m: int,

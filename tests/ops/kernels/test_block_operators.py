@@ -111,6 +111,8 @@ def test_opcheck():
         (lambda x, w: depthwise_conv1d(x, w, bias=torch.ones(3)), "bias: expected shape"),
         (lambda x, w: depthwise_conv1d(x, w, backend="fast"), "backend: expected one of"),
         (lambda x, w: depthwise_conv1d(x, torch.ones(4, 40), backend="triton"), "widths up to 9, got 40"),
+        (lambda x, w: depthwise_conv1d(x, w.to("meta")), "weight: expected the device of x"),
+        (lambda x, w: rms_norm_gated(x, x.to("meta"), torch.ones(4)), "z: expected the device of y"),
         (lambda x, w: rms_norm_gated(x, x[..., :2], torch.ones(4)), "z: expected the shape of y"),
         (lambda x, w: rms_norm_gated(x, x, torch.ones(3)), "weight: expected shape"),
         (lambda x, w: rms_norm_gated(x, x, torch.ones(4), group_size=3), "group_size: expected a divisor of 4"),

@@ -1,13 +1,11 @@
 """The gate's gradient: with y = u * SiLU(z), du = dy * SiLU(z) and dz = dy * u * SiLU'(z). Elementwise, one pass."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch, ceil_div
+from bimamba.ops.launch import Launch, ceil_div, once_a_form
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -30,6 +28,6 @@ def grad_gate(dy: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return du, dz
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _launch(device: torch.device, size: int) -> Launch:
     return Launch(grad_gate_kernel, ceil_div(size, 2048), device, size=size, BLOCK=2048, num_warps=4)

@@ -12,14 +12,12 @@ Lines (see `grad_x.py`), one a block of n: 4.. of the forward state's readers, t
 `crossing` is <S, g> of the states that cross the rows without being touched: it counts for every row's d(a).
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch
+from bimamba.ops.launch import Launch, once_a_form
 
 from .choose import Config, Problem
 from .common import (
@@ -352,7 +350,7 @@ def _whole(problem: Problem, config: Config) -> bool:
     return _parts(problem, config) == 1 and not problem.shift and (problem.untied or not problem.two_matrices)
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _launch(problem: Problem, config: Config, forward: bool, backward: bool, seq: bool) -> Launch:
     b, q, chunks, width = problem.b, config.rows, problem.chunks(config), config.grad_bc_block_n
     wide = tiles((b, problem.l, problem.h, problem.p), q, config.block_p)

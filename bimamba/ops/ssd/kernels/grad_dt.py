@@ -8,13 +8,11 @@ d(dt) passes through clamp (zero where it clamped) and softplus. `lines (b, h, s
 the reader's own row when shifted.
 """
 
-import functools
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch, ceil_div, row_stride
+from bimamba.ops.launch import Launch, ceil_div, once_a_form, row_stride
 
 from .choose import Config, Problem
 from .common import ROW_LINES, softplus
@@ -141,7 +139,7 @@ def grad_dt(
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _launch(
     problem: Problem,
     config: Config,

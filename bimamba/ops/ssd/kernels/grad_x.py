@@ -13,14 +13,12 @@ itself takes off, where a sum excludes it; 3 the direct part of d(delta).
 
 # ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch
+from bimamba.ops.launch import Launch, once_a_form
 
 from .choose import Config, Problem
 from .common import (
@@ -408,7 +406,7 @@ def grad_x(
     return dx, dD
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _launch(problem: Problem, config: Config, dims_D: int, seq: bool) -> Launch:
     """`dims_D`: 0 where there is no D. `seq`: whether it is there."""
     q, tma, chunks = config.rows, config.tma, problem.chunks(config)

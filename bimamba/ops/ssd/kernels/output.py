@@ -11,14 +11,12 @@ half as many states. Where the backward pass wants a state for every block of ro
 
 # ruff: noqa: SIM102, SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch
+from bimamba.ops.launch import Launch, once_a_form
 
 from .choose import Config, Problem
 from .common import (
@@ -330,7 +328,7 @@ def scan_output(
     return y, ungated
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _launch(problem: Problem, config: Config, dims_D: int, gated: bool, keep_ungated: bool, seq: bool) -> Launch:
     """`dims_D`: 0 where there is no D. The flags: whether these are there."""
     q, halves = config.rows, config.halves * config.fill

@@ -5,13 +5,11 @@ them.
 Latency bound: narrow programs with many loads in flight.
 """
 
-import functools
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch
+from bimamba.ops.launch import Launch, once_a_form
 
 from .choose import Config, Problem
 from .common import ROW_LINES, sequence_id
@@ -124,7 +122,7 @@ def pass_states(
     )
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _launch(problem: Problem, config: Config, grad: bool, seq: bool, enter: bool, leave: bool) -> Launch:
     block = min(config.passing_block, problem.p2 * problem.n2)
     blocks = problem.p2 * problem.n2 // block

@@ -1,13 +1,11 @@
 """Sums of partial gradients in a fixed order: no float atomics, so two runs give the same bits."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch, ceil_div
+from bimamba.ops.launch import Launch, ceil_div, once_a_form
 
 
 @triton.jit(do_not_specialize=["size", "per_row"])
@@ -50,7 +48,7 @@ def reduce_parts(parts: list[Tensor], like: Tensor, steps: list[int] | None = No
     return out
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _reduce(device: torch.device, shape: torch.Size, parts: int, steps: tuple[int, ...]) -> Launch:
     return Launch(
         reduce_kernel,

@@ -13,14 +13,12 @@ then passes. The forward pass also writes `rows`, which every later stage reads.
 
 # ruff: noqa: SIM102 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba.ops.launch import Launch, row_stride
+from bimamba.ops.launch import Launch, once_a_form, row_stride
 
 from .choose import Config, Problem
 from .common import LOG2E, ROW_LINES, load_tile, sequence_id, sequence_ids, step_size, store_state
@@ -268,7 +266,7 @@ def chunk_states(
     return states
 
 
-@functools.lru_cache(maxsize=4096)
+@once_a_form
 def _launch(
     problem: Problem,
     config: Config,
