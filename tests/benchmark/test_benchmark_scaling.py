@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from processes import two_processes
-from runs import TINY, run
+from runs import TINY, run, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark"))
 import benchmark_scaling
@@ -27,6 +27,7 @@ class Forked(benchmark_scaling.Host):
             options += ["trainer.enable_model_summary=false", "callbacks.examples=null"]
             if one.devices == 1:
                 run(folder, *options)
+                train.finish_wandb()  # as the end of `python train.py` does: the next run is one of its own
                 one.result = "ok"
             else:
                 ends = two_processes(folder.parent.parent, lambda rank, f=folder, o=options: run(f, *o))
