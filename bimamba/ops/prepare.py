@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, ceil_div
+from .launch import Launch, ceil_div, once_a_form
 
 BLOCK = 1024
 
@@ -42,7 +41,7 @@ def prepare(A_log: Tensor, conv_weight: Tensor) -> Prepared:
     return Prepared(A, taps)
 
 
-@functools.lru_cache(maxsize=1024)
+@once_a_form
 def _launch(device: torch.device, heads: int, d: int, width: int) -> Launch:
     programs = ceil_div(max(heads, d * width), BLOCK)
     return Launch(prepare_kernel, programs, device, HEADS=heads, D=d, WIDTH=width, BLOCK=BLOCK, num_warps=4)

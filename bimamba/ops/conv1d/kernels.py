@@ -295,10 +295,6 @@ def _parts(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
     return {f"{name}_{i}": tensors[min(i, len(tensors) - 1)] for i in range(5)}
 
 
-def _sizes(split: tuple[int, ...]) -> dict[str, int]:
-    return {f"D_{i}": split[i] if i < len(split) else 0 for i in range(5)}
-
-
 def _count(split: tuple[int, ...]) -> int:
     return sum(ceil_div(size, BLOCK_D) for size in split)
 
@@ -351,6 +347,13 @@ def conv_forward(
     )
 
 
+def _constants(form: Form) -> dict[str, int]:
+    """What both kernels are compiled for."""
+    sizes = {f"D_{i}": form.split[i] if i < len(form.split) else 0 for i in range(5)}
+    flags = dict(ACTIVATE=form.activate, HAS_BIAS=form.bias, HAS_MASK=form.mask, HAS_SEQ=form.seq)
+    return sizes | flags | dict(WIDTH=form.width, LEFT=form.left)
+
+
 @once_a_form
 def _forward(form: Form, device: torch.device, b: int, l: int, stride: int) -> Launch:
     return Launch(
@@ -359,13 +362,7 @@ def _forward(form: Form, device: torch.device, b: int, l: int, stride: int) -> L
         device,
         L=l,
         STRIDE=stride,
-        **_sizes(form.split),
-        WIDTH=form.width,
-        LEFT=form.left,
-        ACTIVATE=form.activate,
-        HAS_BIAS=form.bias,
-        HAS_MASK=form.mask,
-        HAS_SEQ=form.seq,
+        **_constants(form),
         ROWS=BLOCK_L,
         COLUMNS=BLOCK_D,
         num_warps=4,
@@ -409,13 +406,7 @@ def _backward(form: Form, device: torch.device, b: int, l: int, stride: int, str
         LENGTH=length,
         STRIDE=stride,
         STRIDE_DX=stride_dx,
-        **_sizes(form.split),
-        WIDTH=form.width,
-        LEFT=form.left,
-        ACTIVATE=form.activate,
-        HAS_BIAS=form.bias,
-        HAS_MASK=form.mask,
-        HAS_SEQ=form.seq,
+        **_constants(form),
         SIDE=GRAD_SIDE,
         COLUMNS=BLOCK_D,
         UNROLL=GRAD_UNROLL,
