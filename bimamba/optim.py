@@ -1,4 +1,4 @@
-"""Parameter groups for AdamW, and learning-rate schedules: warm-up, then cosine, linear, constant or plateau."""
+"""Parameter groups, Muon, and learning-rate schedules: warm-up, then cosine, linear, constant or plateau."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
-from torch import nn
-from torch.optim import Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 _ENDLESS = "set trainer.max_epochs (with a data set of known length) or trainer.max_steps"
@@ -27,6 +28,25 @@ def undecayed_names(module: nn.Module) -> set[str]:
     return {n for n, p in module.named_parameters() if p.ndim <= 1 or getattr(p, "_no_weight_decay", False)}
 
 
+def hidden_names(module: nn.Module) -> set[str]:
+    """Names of the matrices from features to features: linear layers and convolutions of the blocks and the embedding.
+
+    Not among them: the embedding's first layer (or table), which reads letters or pixels, positions, the head, and
+    depthwise convolutions, whose few taps a channel are no matrix. Ask before the module is sharded.
+    """
+    hidden: set[str] = set()
+    first: set[str] = set()
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d):
+            continue
+        part = re.search(r"(?:^|\.)(?:blocks|embedding)\.", f"{name}.")
+        if part and "embedding" in part.group() and part.group() not in first:
+            first.add(part.group())
+        elif part and not isinstance(layer, nn.Embedding) and getattr(layer, "groups", 1) == 1:
+            hidden.add(f"{name}.weight")
+    return hidden
+
+
 def parameter_groups(
     module: nn.Module,
     weight_decay: float,
@@ -34,6 +54,7 @@ def parameter_groups(
     layer_decay: float | None = None,
     lr: float | None = None,
     lr_scale: Mapping[str, float] | None = None,
+    hidden: set[str] | None = None,
 ) -> list[dict[str, Any]]:
     """The optimizer groups `decay` and `no_decay` of a module's trainable parameters; shared parameters come once.
 
@@ -48,6 +69,8 @@ def parameter_groups(
         lr_scale: factors of the rate by part of the network, `{"embedding": 0.1, "head": 10}`, which then has groups of
             its own, `embedding/decay`. Of several keys that a parameter's name begins with the longest counts. None:
             one rate for all.
+        hidden: names for a third group, `hidden`, decayed and marked by `hidden=True`; what `Muon` asks for. None:
+            there is no such group.
 
     Raises:
         ValueError: a layer_decay or factor out of range or without a rate, or a part that is not there.
@@ -68,10 +91,14 @@ def parameter_groups(
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named.items():
         kind, layer = ("no_decay" if name in undecayed else "decay"), layers[name]
+        if hidden and name in hidden:
+            kind = "hidden"
         part, factor = parts.get(name, ("", 1.0))
         key = "/".join(k for k in (part, "" if layer_decay is None else f"layer_{layer}", kind) if k)
         if key not in groups:
-            groups[key] = {"name": key, "params": [], "weight_decay": weight_decay if kind == "decay" else 0.0}
+            groups[key] = {"name": key, "params": [], "weight_decay": 0.0 if kind == "no_decay" else weight_decay}
+            if hidden is not None:
+                groups[key]["hidden"] = kind == "hidden"
             if layer_decay is not None or part:
                 assert lr is not None
                 groups[key]["lr"] = lr * factor * (layer_decay or 1.0) ** (top - layer)
@@ -109,6 +136,117 @@ def _plain(name: str) -> str:
 
 def _first(named: dict[str, nn.Parameter], group: dict[str, Any]) -> str:
     return next(name for name, parameter in named.items() if parameter is group["params"][0])
+
+
+class Muon(AdamW):
+    """Muon for matrices between features, AdamW for everything else, as one optimizer, which Lightning's loop wants.
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks": the momentum of a matrix is replaced
+    by the nearest matrix whose singular values are all equal, and scaled so that the root mean square of an update is
+    that of AdamW's (0.2; Liu et al. 2025, "Muon is scalable for LLM training"): a learning rate and weight decay mean
+    the same for both. Kernels of convolutions count as matrices (out, in x taps).
+    Matrices of one shape are taken together: `torch.optim.Muon` launches some 20 kernels for each single one, which is
+    more than the rest of a small network's step, and takes no convolutions.
+
+    Args:
+        params: groups; those with `hidden=True` (of `parameter_groups`) are Muon's.
+        lr, betas, eps, weight_decay, fused: as of `torch.optim.AdamW`; lr and weight_decay are Muon's, too.
+        momentum: of Muon, Nesterov's.
+        ns_steps: steps of the Newton-Schulz iteration.
+
+    Raises:
+        ValueError: options out of range, a hidden parameter of fewer than two dimensions (as all are under FSDP), or
+            gradients that are still scaled (`fused=true` with `precision=16-mixed`).
+    """
+
+    asks_for_hidden = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        *,
+        fused: bool | None = None,
+    ) -> None:
+        if not 0 <= momentum < 1 or ns_steps < 1:
+            raise ValueError(f"Muon: expected momentum in [0, 1), ns_steps of at least 1, got {momentum}, {ns_steps}")
+        self.momentum, self.ns_steps = momentum, ns_steps
+        super().__init__(params, lr, betas, eps, weight_decay, fused=fused)
+        for group in self.param_groups:
+            flat = [tuple(p.shape) for p in group["params"] if p.ndim < 2]
+            if group.setdefault("hidden", False) and flat:
+                raise ValueError(f"Muon: expected whole matrices (trainer=fsdp has none), got the shape {flat[0]}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if getattr(self, "grad_scale", None) is not None:
+            raise ValueError("Muon: expected unscaled gradients; with precision=16-mixed leave fused away")
+        groups = self.param_groups
+        try:
+            self.param_groups = [g for g in groups if not g["hidden"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["hidden"]:
+                self._step_hidden(group)
+        return loss
+
+    def _step_hidden(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        gradients = [cast(Tensor, p.grad) for p in parameters]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
+        torch._foreach_add_([self.state[p]["step"] for p in parameters], 1)  # AdamW expects one of every parameter
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
+        ahead = torch._foreach_lerp(gradients, buffers, self.momentum)
+        together: dict[tuple[int, int], list[int]] = {}
+        for i, p in enumerate(parameters):
+            together.setdefault((p.shape[0], p[0].numel()), []).append(i)
+        updates = list(ahead)
+        for (rows, columns), members in together.items():
+            step = orthogonal(torch.stack([ahead[i].flatten(1) for i in members]), self.ns_steps)
+            step *= 0.2 * math.sqrt(max(rows, columns))
+            for i, update in zip(members, step.to(gradients[0].dtype).unbind(), strict=True):
+                updates[i] = update.view_as(parameters[i])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+
+
+def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
+    """Roughly U V^T of each matrix U S V^T, by the quintic Newton-Schulz iteration of Jordan et al. 2024.
+
+    Its coefficients rise as steeply at 0 as they can: singular values end between 0.7 and 1.2 rather than at 1, except
+    those that are far below the largest.
+
+    Args:
+        x: matrices (b, m, n); on a GPU it is computed in bfloat16, which is exact enough for that.
+        steps: of the iteration.
+
+    Returns:
+        (b, m, n), bfloat16 on a GPU, else in x's dtype.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = x.shape[1] <= x.shape[2]
+    y = (x if wide else x.mT).to(torch.bfloat16 if x.is_cuda else x.dtype)
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y if wide else y.mT
 
 
 def warmup_steps(warmup: int | float, total_steps: float) -> int:

@@ -1,5 +1,6 @@
 """Decay-free groups, and the values of the schedules."""
 
+import io
 import itertools
 import math
 
@@ -173,3 +174,123 @@ def test_plateau_warms_up_and_falls_when_the_metric_stands_still():
 def test_constant_ends_as_high_as_it_was():
     with pytest.raises(ValueError, match="final_ratio"):
         optim.constant(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 9, final_ratio=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Muon
+
+
+def muon_groups(net, **options):
+    return optim.parameter_groups(net, 0.1, hidden=optim.hidden_names(net), **options)
+
+
+def test_hidden_are_the_matrices_of_blocks_and_the_convolutions_of_the_embedding():
+    net = Classifier(SPEC, d_model=32, depth=1, mlp="swiglu")
+    names = {id(p): n for n, p in net.named_parameters()}
+    groups = muon_groups(net)
+    assert [(g["name"], g["hidden"], g["weight_decay"]) for g in groups] == [
+        ("decay", False, 0.1),
+        ("hidden", True, 0.1),
+        ("no_decay", False, 0.0),
+    ]
+    hidden = [names[id(p)] for p in groups[1]["params"]]
+    assert {n.split(".", 1)[1] for n in hidden if "blocks.0." in n} == {
+        f"blocks.0.{layer}.weight" for layer in ("mixer.in_proj", "mixer.out_proj", "mlp.in_proj", "mlp.out_proj")
+    }
+    assert "backbone.blocks.0.mixer.conv1d.weight" in [names[id(p)] for p in groups[0]["params"]]  # depthwise
+    layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3), nn.Linear(8, 8)
+    stem = nn.ModuleDict({"embedding": nn.Sequential(*layers), "head": nn.Linear(8, 2)})
+    assert optim.hidden_names(stem) == {"embedding.2.weight", "embedding.3.weight"}  # the first reads pixels
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 60), (2, 60, 20), (1, 16, 16)])
+def test_orthogonal_keeps_the_directions_and_evens_the_lengths(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    y = optim.orthogonal(x)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    values = u.mT @ y @ v.mT
+    along = values.diagonal(dim1=1, dim2=2)
+    assert (values - torch.diag_embed(along)).abs().max() < 1e-10
+    assert along.max() < 1.3 and along.median() > 0.6 and along.min() > 0  # the smallest of a square matrix rise slowly
+
+
+def test_muon_is_torchs_on_matrices_and_adamw_elsewhere():
+    torch.manual_seed(0)
+    start = [torch.randn(12, 30), torch.randn(12, 30), torch.randn(30, 8), torch.randn(7), torch.randn(5, 3)]
+    ours, theirs = ([nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    groups = [{"params": ours[:3], "hidden": True}, {"params": ours[3:]}]
+    one = optim.Muon(groups, betas=(0.9, 0.98), **options)
+    muon = torch.optim.Muon(theirs[:3], adjust_lr_fn="match_rms_adamw", **options)
+    adam = torch.optim.AdamW(theirs[3:], betas=(0.9, 0.98), **options)
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in (one, muon, adam):
+            optimizer.step()
+    for p, q, s in zip(ours, theirs, start, strict=True):
+        if "momentum_buffer" in one.state[p]:  # torch's iterates in bfloat16 everywhere
+            assert (p - q).norm() < 0.02 * (p - s).norm()
+        else:
+            assert torch.equal(p, q)
+
+
+def test_muon_takes_kernels_as_matrices_and_its_updates_are_as_large_as_adamws():
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.zeros(16, 4, 3, 3))
+    one = optim.Muon([{"params": [kernel], "hidden": True}], lr=1.0, weight_decay=0.0)
+    kernel.grad = torch.randn_like(kernel)
+    one.step()
+    assert kernel.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
+    flat = nn.Parameter(torch.zeros(16, 36))
+    other = optim.Muon([{"params": [flat], "hidden": True}], lr=1.0, weight_decay=0.0)
+    flat.grad = kernel.grad.flatten(1)
+    other.step()
+    assert torch.equal(flat, kernel.flatten(1))
+
+
+def test_muon_goes_on_from_its_state():
+    def steps(net, optimizer, count, seed):
+        torch.manual_seed(seed)
+        for _ in range(count):
+            optimizer.zero_grad()
+            net(torch.randn(4, 8)).square().sum().backward()
+            optimizer.step()
+        return net
+
+    def fresh():
+        torch.manual_seed(7)
+        net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(8, 8)]), "head": nn.Linear(8, 2)})
+        net.forward = lambda x: net["head"](net["blocks"][0](x))
+        return net, optim.Muon(muon_groups(net), lr=0.1)
+
+    net, optimizer = fresh()
+    steps(net, optimizer, 3, 0)
+    weights, state = {k: v.clone() for k, v in net.state_dict().items()}, optimizer.state_dict()
+    state = torch.load(_saved(state), weights_only=True)
+    again, restored = fresh()
+    again.load_state_dict(weights)
+    restored.load_state_dict(state)
+    one, two = steps(net, optimizer, 3, 1), steps(again, restored, 3, 1)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def _saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def test_muon_refuses():
+    matrix = nn.Parameter(torch.zeros(4, 4))
+    for options in ({"momentum": 1.0}, {"momentum": -0.1}, {"ns_steps": 0}):
+        with pytest.raises(ValueError, match="Muon: expected momentum"):
+            optim.Muon([matrix], **options)
+    with pytest.raises(ValueError, match=r"whole matrices \(trainer=fsdp has none\), got the shape \(16,\)"):
+        optim.Muon([{"params": [nn.Parameter(torch.zeros(16))], "hidden": True}])
+    one = optim.Muon([{"params": [matrix], "hidden": True}])
+    matrix.grad, one.grad_scale = torch.ones(4, 4), torch.ones(1)
+    with pytest.raises(ValueError, match="unscaled gradients"):
+        one.step()

@@ -36,9 +36,9 @@ class SaveOnInterrupt(Checkpoint):
     SIGUSR2 belongs to whoever has a handler for it, as submitit has (`hydra=submitit`): the checkpoint is saved, and
     then that handler is called, which queues the job again.
 
-    Several processes agree every `trainer.log_every_n_steps` batches on whether one of them was told to stop. Lightning's
-    own question (2.6, about SIGTERM in the first process alone) is left out meanwhile: it comes before every batch, and
-    the host waits for all that the device has still to do, which on two H100s cost small networks a fifth of their rate.
+    Several processes agree every `trainer.log_every_n_steps` batches on whether one of them was told to stop.
+    Lightning's own question (2.6, about SIGTERM in the first process alone) is left out meanwhile: it comes before
+    every batch, and the host waits for all that the device has still to do.
 
     Args:
         dirpath: folder of the checkpoint.

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 import bimamba
-from bimamba.optim import parameter_groups, undecayed_names
+from bimamba.optim import hidden_names, parameter_groups, undecayed_names
 from bimamba.spec import DataSpec
 from bimamba.tasks.compilation import compile_network
 from bimamba.tasks.metrics import LossMean
@@ -61,7 +61,7 @@ class Task(LightningModule):
         self.scheduler = scheduler
         self.layer_decay, self.lr_scale = layer_decay, lr_scale
         self.checkpoint_extras = checkpoint_extras or {}
-        self.undecayed = undecayed_names(self)
+        self.undecayed, self.hidden = undecayed_names(self), hidden_names(self)
         self.train_loss = LossMean()
         self.confusion: dict[str, Tensor] = {}  # finished confusion matrices by stage, for plots
         self.predict_metrics: dict[str, float] = {}  # Lightning logs nothing while predicting
@@ -117,7 +117,9 @@ class Task(LightningModule):
     def configure_optimizers(self) -> Any:
         options = self.optimizer.keywords if isinstance(self.optimizer, partial) else {}
         decay, rate = options.get("weight_decay", 0.0), options.get("lr")
-        groups = parameter_groups(self, decay, self.undecayed, self.layer_decay, rate, self.lr_scale)
+        kind = self.optimizer.func if isinstance(self.optimizer, partial) else self.optimizer
+        hidden = self.hidden if getattr(kind, "asks_for_hidden", False) else None
+        groups = parameter_groups(self, decay, self.undecayed, self.layer_decay, rate, self.lr_scale, hidden)
         optimizer = self.optimizer(groups, **self._fused())
         if self._scaler() is None and getattr(optimizer, UNSCALES, False):
             setattr(optimizer, UNSCALES, False)  # nothing is scaled, and Lightning would refuse to clip
