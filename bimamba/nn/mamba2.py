@@ -175,6 +175,7 @@ class _Mamba2(nn.Module):
             or not _is_plain(self.norm, RMSNormGated)
             or (recompute and not _is_plain(self.out_proj, nn.Linear))
             or debugging()
+            or not projected.numel()  # an empty batch is for the scan to refuse
             or choose_backend(projected, self.d_state, p=self.headdim) != "triton"
         )
 

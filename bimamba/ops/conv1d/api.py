@@ -29,7 +29,8 @@ def depthwise_conv1d(
     The convolution before the scan of a Mamba block (Gu and Dao 2023, arXiv:2312.00752), channels last: no transposes.
 
     Args:
-        x: `(b, l, d)`, bf16, fp16, fp32 (or fp64, in PyTorch). Rows may lie apart, as those of a slice of channels do.
+        x: `(b, l, d)`, bf16, fp16, fp32 (or fp64, in PyTorch). Rows may lie apart, as those of a slice of channels do;
+            b may be 0.
         weight: `(d, width)`. bias: `(d)`. Any float dtype; the Triton kernels compute in float32.
         activation: "silu" ("swish" is the same) or "none".
         causal: only look back, `left = width - 1`.
@@ -47,8 +48,8 @@ def depthwise_conv1d(
         ValueError: sizes, dtypes or devices that do not fit, or an unknown activation.
     """
     d, width = weight.shape
-    if x.dim() != 3 or x.shape[-1] != d:
-        raise ValueError(f"x: expected (b, l, d) with d = {d} as of weight, got {tuple(x.shape)}")
+    if x.dim() != 3 or x.shape[-1] != d or x.shape[1] < 1:  # PyTorch's convolution refuses l = 0, too
+        raise ValueError(f"x: expected (b, l, d) with d = {d} as of weight and l at least 1, got {tuple(x.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
     if bias is not None and tuple(bias.shape) != (d,):

@@ -392,7 +392,8 @@ def conv_backward(
 def _backward(form: Form, device: torch.device, b: int, l: int, stride: int, stride_dx: int) -> tuple[Launch, int]:
     """The launch, and how many groups of walks write sums."""
     blocks = _count(form.split)
-    chunks = min(ceil_div(l, GRAD_ROWS), max(1, GRAD_PROGRAMS * GRAD_SIDE // (b * blocks)))
+    enough = GRAD_PROGRAMS * GRAD_SIDE // max(1, b * blocks)  # b = 0: no walks, and no groups, which sum to zero
+    chunks = min(ceil_div(l, GRAD_ROWS), max(1, enough))
     length = ceil_div(l, chunks)
     chunks = ceil_div(l, length)
     groups = ceil_div(b * chunks, GRAD_SIDE)

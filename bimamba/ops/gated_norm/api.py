@@ -25,7 +25,8 @@ def rms_norm_gated(
     """`RMSNorm(y) * SiLU(z)`, or `RMSNorm(y * SiLU(z))` with `norm_before_gate=False`; computed in float32 at least.
 
     Args:
-        y, z: `(..., d)`; z None: no gate. Rows of z may lie apart, as those of a slice of channels do. weight: `(d)`.
+        y, z: `(..., d)`, of any number of rows; z None: no gate. Rows of z may lie apart, as those of a slice of
+            channels do. weight: `(d)`.
         group_size: normalise groups of that many channels by themselves (Zhang and Sennrich 2019, arXiv:1910.07467,
             for the norm; Dao and Gu 2024, arXiv:2405.21060, for gate and groups).
         backend: "auto" (Triton on GPUs that have it, else torch), "triton" or "torch"; `BIMAMBA_BACKEND` replaces

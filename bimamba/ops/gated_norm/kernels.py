@@ -196,7 +196,7 @@ def _backward(
     """The launch, and in how many parts it writes dweight. `stride`: of z, None where there is none."""
     blocks = _shape(group_size)
     count = ceil_div(m, blocks["ROWS"])
-    steps = ceil_div(count, PROGRAMS)
+    steps = max(1, ceil_div(count, PROGRAMS))  # no rows: no parts, which sum to zero
     parts = ceil_div(count, steps)
     launch = Launch(
         norm_grad_kernel,

@@ -92,6 +92,29 @@ def test_gated_norm_of_a_slice():
     compared(run, dict(y=y, z=z, weight=weight), torch.float32)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_an_empty_batch(backend):
+    """No rows out, and gradients of zero, as PyTorch's own operators give them."""
+
+    def conv(x, weight, bias):
+        return depthwise_conv1d(x, weight, bias, split=(16, 4), backend=backend)
+
+    def norm(y, z, weight):
+        return (rms_norm_gated(y, z, weight, group_size=10, backend=backend),)
+
+    weight, bias = draw(20, 4), draw(20)
+    for run, tensors in ((conv, (draw(0, 5, 20), weight, bias)), (norm, (draw(0, 5, 20), draw(0, 5, 20), bias))):
+        own = [t.requires_grad_() for t in tensors]
+        out = run(*own)
+        assert [len(o) for o in out] == [0] * len(out)
+        grads = torch.autograd.grad(out, own, [torch.ones_like(o) for o in out])
+        for t, grad in zip(own, grads, strict=True):
+            torch.testing.assert_close(grad, torch.zeros_like(t), rtol=0, atol=0)
+    y = draw(2, 0, 20).requires_grad_()  # no rows either
+    grads = torch.autograd.grad(norm(y, y, bias)[0].sum(), (y, bias))
+    assert not any(grad.any() for grad in grads)
+
+
 def test_opcheck():
     x, weight, bias = (t.requires_grad_() for t in (draw(1, 9, 20), draw(20, 3, seed=1), draw(20, seed=2)))
     mask = torch.ones(1, 9, dtype=torch.bool, device=DEVICE)
@@ -106,6 +129,8 @@ def test_opcheck():
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda x, w: depthwise_conv1d(x[:, :0], w, backend="torch"), r"l at least 1, got \(1, 0, 4\)"),
+        (lambda x, w: depthwise_conv1d(x[:, :0], w, backend="triton"), r"l at least 1, got \(1, 0, 4\)"),
         (lambda x, w: depthwise_conv1d(x, w, split=(3, 3)), "split: expected positive sizes that sum to d = 4"),
         (lambda x, w: depthwise_conv1d(x, w, mask=torch.ones(1, 5)), "mask: expected dtype bool"),
         (lambda x, w: depthwise_conv1d(x, w, bias=torch.ones(3)), "bias: expected shape"),

@@ -87,6 +87,13 @@ def test_what_the_node_cannot_do_is_checkpointed():
             assert relative_error(got[name], value) < 2e-6, name
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_empty_batch_is_refused_as_the_scan_refuses_it(recompute):
+    module = BiMamba2(16, d_state=8, headdim=8, use_mem_eff_path=recompute).to(DEVICE)
+    with pytest.raises(ValueError, match="with no empty dimension"):
+        module(torch.randn(0, L, 16, device=DEVICE))
+
+
 def test_node_under_autocast():
     torch.manual_seed(0)
     module = BiMamba2(16, d_state=8, headdim=8).to(DEVICE)
