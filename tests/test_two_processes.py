@@ -13,6 +13,7 @@ from processes import two_processes
 from runs import DIGITS, load, run, train
 
 from bimamba import replay as replaying
+from bimamba.callbacks import Checkpoints
 
 # 6 batches an epoch in each process, which are 2 times 128 rows
 OPTIONS = [*DIGITS, "trainer=ddp_sim", "trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
@@ -96,6 +97,27 @@ def test_a_signal_to_one_process_saves_and_stops_both_and_they_go_on_as_if_it_ha
     assert codes == (0, 0), said
     assert all(min(s) == "0 4" for s in second) and [a | b for a, b in zip(first, second, strict=True)] == whole[1]
     same_weights(whole[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4])])
+def test_several_processes_ask_for_the_time_of_a_checkpoint_every_other_batch(tmp_path, monkeypatch, count, steps):
+    """`log_every_n_steps` is 2: at every batch their hosts would wait for the devices."""
+    options = [*OPTIONS, "callbacks.model_checkpoint.train_time_interval={microseconds: 1}"]
+    saved = Checkpoints._save_last
+
+    def noted(self, trainer):
+        with (tmp_path / f"saved_{trainer.global_rank}.txt").open("a") as file:
+            print(trainer.global_step, file=file)
+        saved(self, trainer)
+
+    monkeypatch.setattr(Checkpoints, "_save_last", noted)
+    if count == 1:
+        run(tmp_path / "run", *options, "trainer=cpu", "data.batch_size=256")
+    else:
+        outcome = two_processes(tmp_path, lambda rank: run(tmp_path / "run", *options))
+        assert [code for code, _ in outcome] == [0, 0], outcome
+    for rank in range(count):
+        assert list(map(int, (tmp_path / f"saved_{rank}.txt").read_text().split())) == steps
 
 
 @pytest.mark.parametrize(("action", "strategy"), [("stop", "ddp_sim"), ("skip", "ddp_sim"), ("stop", "fsdp")])

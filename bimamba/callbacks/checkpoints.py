@@ -20,7 +20,8 @@ class Checkpoints(ModelCheckpoint):
 
     Args:
         every_n_train_steps: also save `last.ckpt` after so many optimizer steps; None: at the ends of epochs only.
-        train_time_interval: also save it after so much time, for instance `{minutes: 30}`.
+        train_time_interval: also save it after so much time, for instance `{minutes: 30}`; the first process's clock
+            counts, which several look at every `trainer.log_every_n_steps` batches.
         options: those of `ModelCheckpoint`.
 
     Raises:
@@ -61,7 +62,7 @@ class Checkpoints(ModelCheckpoint):
         if trainer.fast_dev_run or epoch_loop._should_accumulate() or epoch_loop.batch_progress.is_last_batch:
             return  # half-summed gradients are not saved; the end of the epoch saves by itself, after validation
         due = self.last_every is not None and trainer.global_step % self.last_every == 0
-        if self.last_interval is not None:  # one clock for all processes
+        if self.last_interval is not None and processes_meet(trainer, batch_idx):  # one clock for all of them
             passed = time.monotonic() - (self._last_time_checked or 0.0) >= self.last_interval.total_seconds()
             due = due or bool(trainer.strategy.broadcast(passed))
         if due and validation_follows(trainer):
@@ -88,6 +89,12 @@ class Checkpoints(ModelCheckpoint):
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_global_step_saved = judged  # the best one is still to be decided at this step
         self._last_time_checked = time.monotonic()
+
+
+def processes_meet(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the processes ask each other after this batch: every `trainer.log_every_n_steps` batches, for their hosts
+    wait for the devices then. A process on its own may look after every batch."""
+    return trainer.world_size == 1 or (batch_idx + 1) % max(1, trainer.log_every_n_steps) == 0
 
 
 def validation_follows(trainer: Trainer) -> bool:

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from bimamba.callbacks.checkpoints import validation_follows
+from bimamba.callbacks.checkpoints import processes_meet, validation_follows
 from bimamba.runs import newest_checkpoint
 
 REQUEUE = "SIGUSR2"  # submitit's, which puts the job into Slurm's queue again
@@ -78,7 +78,7 @@ class SaveOnInterrupt(Checkpoint):
         # The end of an epoch comes after its validation and its own checkpoints.
         if epoch_loop._should_accumulate() or epoch_loop.batch_progress.is_last_batch or validation_follows(trainer):
             return
-        if trainer.world_size == 1 or (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if processes_meet(trainer, batch_idx):
             self._stop_if_told(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
