@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed import TCPStore
 
 from bimamba.checkpoint import has_resolver
 from bimamba.runs import find_checkpoint
@@ -161,6 +162,20 @@ def run_folder(ckpt_path: str | Path) -> Path | None:
     return None
 
 
+def _stamp() -> str:
+    """The time that names a run's folder.
+
+    torchrun's processes may begin in different seconds, and two names would be two folders: all take the time of
+    whichever was first, from the store that torchrun keeps for them.
+    """
+    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return now
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"bimamba/stamp/{os.environ['TORCHELASTIC_RESTART_COUNT']}"  # started again after a failure: another run
+    return store.compare_set(key, "", now).decode()
+
+
 def _output_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str, stamp: str) -> str:
     """Where a run writes: a resumed training into its own folder, an evaluation into a folder beneath it."""
     run = _run_of(ckpt_path, log_dir, task_name)
@@ -179,7 +194,7 @@ def _run_of(ckpt_path: str | None, log_dir: str, task_name: str) -> Path | None:
 def _hydra_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str) -> str:
     """A resumed training must not overwrite what Hydra wrote when it began."""
     if stage == "fit" and (ckpt_path == "auto" or _run_of(ckpt_path, log_dir, task_name)):
-        return f".hydra/resumed_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        return f".hydra/resumed_{_stamp()}"
     return ".hydra"
 
 
@@ -198,11 +213,12 @@ def _tasks(devices: Any, accelerator: str | None = None) -> int | None:
 
 
 def register_resolvers() -> None:
-    """`${run_dir:…}`, `${hydra_dir:…}` and `${tasks:…}` of configs/hydra, `${direction:…}` of Optuna's.
+    """`${run_dir:…}`, `${hydra_dir:…}`, `${stamp:}` and `${tasks:…}` of configs/hydra, `${direction:…}` of Optuna's.
 
     None evaluates code.
     """
     OmegaConf.register_new_resolver("run_dir", _output_dir, replace=True)
+    OmegaConf.register_new_resolver("stamp", _stamp, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("tasks", _tasks, replace=True)
     OmegaConf.register_new_resolver("direction", {"min": "minimize", "max": "maximize"}.__getitem__, replace=True)
     OmegaConf.register_new_resolver("hydra_dir", _hydra_dir, replace=True, use_cache=True)

@@ -1,6 +1,7 @@
 """Every experiment and every option of every group composes and is instantiated; experiments run one step."""
 
 import gzip
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from runs import ROOT, TINY, composed, load, run, train
+from torch.distributed import TCPStore
 
 from bimamba import config
 from bimamba.overrides import soften
@@ -228,6 +231,23 @@ def test_slurm_gets_a_process_a_device(tmp_path, trainer, nodes, tasks, gpus):
             _ = cfg.launcher.tasks_per_node
     else:
         assert (cfg.launcher.tasks_per_node, cfg.launcher.gpus_per_node) == (tasks, gpus)
+
+
+def test_processes_of_torchrun_that_begin_late_find_the_first_ones_folder(monkeypatch):
+    def folders():
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            hydra = compose("train", return_hydra_config=True).hydra
+        return hydra.run.dir, hydra.sweep.dir
+
+    store = TCPStore("127.0.0.1", 0, is_master=True)  # as torchrun's own process keeps it
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_RESTART_COUNT": 0}
+    for name, value in (torchrun | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+        monkeypatch.setenv(name, str(value))
+    first = folders()
+    time.sleep(1.1)
+    assert folders() == first
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the first attempt's folder is taken
+    assert folders() != first
 
 
 @pytest.mark.parametrize(("mode", "direction"), [("min", "minimize"), ("max", "maximize")])

@@ -38,9 +38,18 @@ def test_two_processes_train_into_one_folder(tmp_path):
     assert pq.read_table(folder / "predictions.parquet").num_rows == 359
 
 
+LATE = """import os, time
+if os.environ.get("RANK") == "1":
+    time.sleep(2)
+"""
+
+
 def launched(*overrides, folder, launcher=(sys.executable,)):
-    """Metrics and folder of a run in processes of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Metrics and folder of a run in processes of its own; the second one of torchrun begins in a later second."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(LATE)
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [*launcher, "train.py", *DIGITS, "data.augment.crop_padding=0", *overrides, f"paths.log_dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
