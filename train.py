@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelSu
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
+from torch.distributed import get_world_size, is_initialized  # by name: cloudpickle (submitit) cannot send the package
 
 from bimamba import config
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
@@ -91,7 +92,7 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
     task: Any = make_task(cfg, spec, saved, checkpoint)
     trainer: Trainer = instantiate(cfg.trainer, callbacks=make_callbacks(cfg), logger=make_loggers(cfg))
-    if torch.distributed.is_initialized() and (started := torch.distributed.get_world_size()) != trainer.world_size:
+    if is_initialized() and (started := get_world_size()) != trainer.world_size:
         raise ValueError(
             f"a sweep that has begun with {started} processes: expected as many in each job that follows, got "
             f"{trainer.world_size}; run the others in a sweep of their own"

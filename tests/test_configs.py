@@ -233,6 +233,16 @@ def test_slurm_gets_a_process_a_device(tmp_path, trainer, nodes, tasks, gpus):
         assert (cfg.launcher.tasks_per_node, cfg.launcher.gpus_per_node) == (tasks, gpus)
 
 
+def test_submitit_can_send_the_program_to_its_jobs():
+    """By cloudpickle: it takes a main program apart, and sends whatever of a package a function's names could mean."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    cloudpickle.register_pickle_by_value(train)
+    try:
+        cloudpickle.dumps(train.main)
+    finally:
+        cloudpickle.unregister_pickle_by_value(train)
+
+
 def test_processes_of_torchrun_that_begin_late_find_the_first_ones_folder(monkeypatch):
     def folders():
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
