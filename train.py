@@ -30,6 +30,7 @@ from bimamba.overrides import soften, with_checkpoint
 from bimamba.quiet import quiet
 from bimamba.runs import claimed, locate
 from bimamba.spec import DataSpec
+from bimamba.sweeps import alone_again
 
 FIRST_JOB = "BIMAMBA_FIRST_JOB"  # of a sweep, that a process takes part in
 
@@ -194,7 +195,7 @@ def main(cfg: DictConfig) -> float | None:
         elif job.job.num < int(os.environ.get(FIRST_JOB, 0)):
             return None
     try:
-        with config.clear_errors(sweeping=job.mode == RunMode.MULTIRUN):
+        with config.clear_errors(sweeping=job.mode == RunMode.MULTIRUN), alone_again():
             metrics = train(cfg, job.overrides.task, job.runtime.choices)
             return config.optimized(metrics, cfg.optimized_metric)
     finally:
