@@ -21,12 +21,12 @@ Parts:
                 in one (1e-6; 1e-3 for losses and what depends on the ranks of probabilities, which bf16 rounds);
                 training resumed on another number of GPUs: steps go on, and the first epoch's loss is within a tenth
                 of the last one's.
-    throughput  Same batch on EACH GPU, the experiment's own augmentation: `performance/samples_per_second`, the median
-                over stretches of some ten steps after the first two; waiting for data counts, validation and
-                checkpoints do not. One run at a time, or (--beside) those of few GPUs at once on different ones, which
-                share the host alone. Efficiency: rate on N / (N x rate on one GPU, without a strategy,
-                of the same workload and mode). `patches` with DDP also as CUDA graphs
-                (task.compile_options.mode=reduce-overhead).
+    throughput  Same batch on EACH GPU, epochs of the same number of steps, the experiment's own augmentation:
+                `performance/samples_per_second`, the median over epochs (of 10 steps and more) after the first two;
+                waiting for data counts, validation and checkpoints do not. One run at a time, or (--beside) those of
+                few GPUs at once on different ones, which share the host alone. Efficiency: rate on N / (N x rate on one
+                GPU, without a strategy, of the same workload and mode). `patches` with DDP also as CUDA graphs
+                (task.compile_options.mode=reduce-overhead); `--variant NAME OVERRIDE` adds one more run of DDP.
 
 Runs of `curves` and `checks` go side by side on different GPUs. A run that fails, or takes longer than --timeout (its
 processes' stacks are printed then), is marked, and the others go on. Written after every run: OUT/scaling.csv,
@@ -72,7 +72,7 @@ class Workload:
     batch: int
     points: int  # of a curve, each of EPOCH steps
     steps: int  # of a throughput run
-    per_epoch: int  # steps of a throughput run's epoch on one GPU; a multiple of the most GPUs
+    per_epoch: int  # steps of a throughput run's epoch, on any number of GPUs: the data have rows for the most
     table: bool = False  # a test writes predictions.parquet
 
 
@@ -88,14 +88,14 @@ def workloads(a: argparse.Namespace, genome: Path) -> dict[str, Workload]:
     if a.tiny:
         small = ("model.d_model=16", "model.depth=1", "model.mixer.headdim=8", "model.mixer.d_state=8")
         return {
-            "patches": Workload(("experiment=digits", *small), STILL_IMAGES, 32, 2, 40, 20, table=True),
-            "dna_16k": Workload((*dna, *small, "data.window=256"), (), 8, 2, 40, 20),
+            "patches": Workload(("experiment=digits", *small), STILL_IMAGES, 32, 2, 40, 10, table=True),
+            "dna_16k": Workload((*dna, *small, "data.window=256"), (), 8, 2, 40, 10),
         }
     images = ("experiment=cifar10_patches", f"data.path={a.cifar}", "data.cache=device")
     size = ("model.d_model=256", "model.depth=8", "model.mixer.headdim=64", "data.window=16384", "data.num_workers=2")
     return {
-        "patches": Workload(images, STILL_IMAGES, 1024, 20, 240, 40, table=True),
-        "dna_16k": Workload((*dna, *size), (), 8, 20, 140, 56),
+        "patches": Workload(images, STILL_IMAGES, 1024, 20, 240, max(40 // max(a.devices), 1), table=True),
+        "dna_16k": Workload((*dna, *size), (), 8, 20, 140, 28),
     }
 
 
@@ -332,19 +332,22 @@ class Benchmark:
 
     def throughput(self) -> None:
         runs: dict[tuple[str, str, int], Run] = {}
-        for mode in ("", "graph"):
+        variants = dict(self.a.variant)
+        for mode in ("", "graph", *variants):
             for name, w in self.known.items():
-                if mode and (name != "patches" or self.a.no_graph):
+                if mode == "graph" and (name != "patches" or self.a.no_graph):
                     continue
                 for strategy, n in [("single", 1), *reversed(self.several())]:
-                    if mode and strategy == "fsdp":
+                    if (mode and strategy == "fsdp") or (mode in variants and strategy == "single"):
                         continue
                     extra = [f"data.batch_size={w.batch}", f"trainer.max_steps={w.steps}", "test=false"]
-                    extra += [f"trainer.limit_train_batches={w.per_epoch // n}", "trainer.max_epochs=1000"]
-                    extra += [f"trainer.log_every_n_steps={w.per_epoch // self.most}", "trainer.limit_val_batches=0"]
+                    extra += [f"trainer.limit_train_batches={w.per_epoch}", "trainer.max_epochs=1000"]
+                    extra += [f"trainer.log_every_n_steps={w.per_epoch}", "trainer.limit_val_batches=0"]
                     extra += ["trainer.enable_checkpointing=false", "callbacks.learning_curves=null"]
-                    if mode:
+                    if mode == "graph":
                         extra += ["task.compile=true", "task.compile_options.mode=reduce-overhead"]
+                    elif mode:
+                        extra.append(variants[mode])
                     runs[name, f"{strategy} {mode}".strip(), n] = self.make(
                         "throughput", name, strategy, n, *extra, kind=mode
                     )
@@ -353,7 +356,7 @@ class Benchmark:
         for keys in (few, *([key] for key in runs if key not in few)):
             self.host.run([runs[key] for key in keys], alone=keys is not few)
             for name, label, n in keys:
-                base = runs.get((name, label.replace("ddp", "single").replace("fsdp", "single"), 1))
+                base = runs.get((name, "single graph" if label.endswith(" graph") else "single", 1))
                 rate, alone = self._rate(runs[name, label, n]), base and self._rate(base)
                 efficiency = rate / (n * alone) if rate and alone else None
                 self.row("throughput", runs[name, label, n], label, **{"samples/s": rate, "efficiency": efficiency})
@@ -479,6 +482,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="no run begins after so many")
     parser.add_argument("--beside", action="store_true", help="throughput: runs that leave GPUs free go side by side")
     parser.add_argument("--without", default="$.", help="throughput: leave out runs whose name this pattern finds")
+    parser.add_argument(
+        "--variant",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "OVERRIDE"),
+        help="throughput: DDP with it, too",
+    )
     parser.add_argument("--no-graph", action="store_true", help="leave out torch.compile")
     parser.add_argument("--tiny", action="store_true", help="a network, data and numbers of steps for a CPU")
     a = parser.parse_args(given)
@@ -504,7 +515,7 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
         work.mkdir(parents=True, exist_ok=True)
         genome = work / "genome.fa"
         if "dna_16k" in a.workloads:
-            write_genome(genome, 512, 256 if a.tiny else 16384)
+            write_genome(genome, 512 if a.tiny else 1024, 256 if a.tiny else 16384)
         gpus = visible() if a.device == "cuda" else [str(n) for n in range(max(a.devices))]
         bench = Benchmark(a, Host(gpus, a, work, a.out / "scaling_failed.txt"), work, workloads(a, genome))
         for part in ("curves", "throughput"):
