@@ -1,18 +1,33 @@
-"""Sharded training: what it asks of FSDP, what it refuses, and checkpoints that any other training resumes."""
+"""What DDP and FSDP are asked for, what is refused, and sharded checkpoints that any other training resumes."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch.plugins.precision import FSDPPrecision
+from omegaconf import OmegaConf
 from processes import two_processes
 from runs import DIGITS, load, run
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision
 
 from bimamba.nn import BiMamba2
-from bimamba.strategies import ShardedStrategy
+from bimamba.strategies import ReplicatedStrategy, ShardedStrategy
+
+
+def test_replicas_on_gpus_are_not_told_their_device(monkeypatch):
+    """Else torch walks through the ids of each batch, and gradients are accumulated on another stream."""
+    told = {}
+    monkeypatch.setattr("lightning.pytorch.strategies.ddp.DistributedDataParallel", lambda **kw: told.update(kw))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: pytest.fail("a stream of its own"))
+    strategy = instantiate(OmegaConf.load(Path(__file__).parents[1] / "configs/trainer/ddp.yaml").strategy)
+    assert isinstance(strategy, ReplicatedStrategy)
+    strategy.parallel_devices = [torch.device("cuda", 0)]
+    strategy._setup_model(nn.Linear(2, 2))
+    assert told["device_ids"] is None and told["gradient_as_bucket_view"] is True
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
