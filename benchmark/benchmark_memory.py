@@ -21,6 +21,7 @@ from scans import (
     peak,
     peer,
     report,
+    save,
     step,
     untied,
     with_own_parameters,
@@ -73,6 +74,8 @@ def main() -> None:
             row[f"{k} eager"] = milliseconds(step(f, given, True), "cuda", eager=True)
         times.append(row)
         print(memory[-1], row, flush=True)
+        save("memory", memory)  # a row may take minutes: what is measured is not lost
+        save("shapes", times)
     report(
         "memory", memory, "b l h p n", "sizes of x", f"peak of forward+backward beyond the inputs, {hardware('cuda')}"
     )

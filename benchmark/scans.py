@@ -171,18 +171,23 @@ def hardware(device: str) -> str:
     return f"{name}, torch {torch.__version__}, triton {version}"
 
 
+def save(name: str, rows: list[dict]) -> None:
+    """Rows of the same columns, to results/NAME.csv."""
+    FOLDER.mkdir(exist_ok=True)
+    with open(FOLDER / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def report(name: str, rows: list[dict], x: str, unit: str, title: str) -> None:
     """Prints the rows as a table and writes them to results/NAME.csv, with a plot over column `x` to
     results/NAME.png."""
-    FOLDER.mkdir(exist_ok=True)
     columns = list(rows[0])
     print(f"\n{title}\n" + " | ".join(columns))
     for row in rows:
         print(" | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    with open(FOLDER / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    save(name, rows)
     import matplotlib
 
     matplotlib.use("Agg")
