@@ -30,6 +30,7 @@ from bimamba.overrides import soften, with_checkpoint
 from bimamba.quiet import quiet
 from bimamba.runs import claimed, locate
 from bimamba.spec import DataSpec
+from bimamba.strategies import take_over_ddp
 from bimamba.sweeps import alone_again
 
 FIRST_JOB = "BIMAMBA_FIRST_JOB"  # of a sweep, that a process takes part in
@@ -37,6 +38,7 @@ FIRST_JOB = "BIMAMBA_FIRST_JOB"  # of a sweep, that a process takes part in
 config.register_resolvers()
 config.load_dotenv()
 quiet()
+take_over_ddp()
 
 
 def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None) -> dict[str, float]:

@@ -20,6 +20,8 @@ def quiet() -> None:
     # A resumed training goes on in its folder; a new one is refused there (bimamba.runs.claimed).
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # data.num_workers=auto has looked at the cores already, and what is in memory needs no workers
+    warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.fsdp import (
@@ -34,6 +34,13 @@ class ReplicatedStrategy(DDPStrategy):
 
     def determine_ddp_device_ids(self) -> None:
         return None
+
+
+def take_over_ddp() -> None:
+    """`ReplicatedStrategy` for several devices without a strategy (`trainer.devices=4`) and `trainer.strategy=ddp`, too."""
+    StrategyRegistry.register(
+        "ddp", ReplicatedStrategy, override=True, start_method="popen", gradient_as_bucket_view=True
+    )
 
 
 class ShardedStrategy(FSDPStrategy):

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from omegaconf import OmegaConf
 from processes import two_processes
-from runs import DIGITS, load, run
+from runs import DIGITS, load, run, train
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision
 
@@ -28,6 +28,13 @@ def test_replicas_on_gpus_are_not_told_their_device(monkeypatch):
     strategy.parallel_devices = [torch.device("cuda", 0)]
     strategy._setup_model(nn.Linear(2, 2))
     assert told["device_ids"] is None and told["gradient_as_bucket_view"] is True
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_several_devices_without_a_strategy_of_ours_are_replicas_too(strategy):
+    trainer = train.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
+    assert isinstance(trainer.strategy, ReplicatedStrategy)
+    assert trainer.strategy._ddp_kwargs == {"gradient_as_bucket_view": True}
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
