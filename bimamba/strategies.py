@@ -37,7 +37,7 @@ class ReplicatedStrategy(DDPStrategy):
 
 
 def take_over_ddp() -> None:
-    """`ReplicatedStrategy` for several devices without a strategy (`trainer.devices=4`) and `trainer.strategy=ddp`, too."""
+    """`ReplicatedStrategy` for `trainer.devices=4` without a strategy, and for `trainer.strategy=ddp`, too."""
     StrategyRegistry.register(
         "ddp", ReplicatedStrategy, override=True, start_method="popen", gradient_as_bucket_view=True
     )
