@@ -97,7 +97,7 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     trainer: Trainer = instantiate(cfg.trainer, callbacks=make_callbacks(cfg), logger=make_loggers(cfg))
     if is_initialized() and (started := get_world_size()) != trainer.world_size:
         raise ValueError(
-            f"a sweep that has begun with {started} processes: expected as many in each job that follows, got "
+            f"a sweep whose group has {started} processes by now: expected as many in each job that follows, got "
             f"{trainer.world_size}; run the others in a sweep of their own"
         )
     for logger in trainer.loggers:

@@ -91,7 +91,7 @@ def parameter_groups(
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named.items():
         kind, layer = ("no_decay" if name in undecayed else "decay"), layers[name]
-        if hidden and name in hidden:
+        if hidden and name in hidden and kind == "decay":
             kind = "hidden"
         part, factor = parts.get(name, ("", 1.0))
         key = "/".join(k for k in (part, "" if layer_decay is None else f"layer_{layer}", kind) if k)
@@ -155,8 +155,8 @@ class Muon(AdamW):
         ns_steps: steps of the Newton-Schulz iteration.
 
     Raises:
-        ValueError: options out of range, a hidden parameter of fewer than two dimensions (as all are under FSDP), or
-            gradients that are still scaled (`fused=true` with `precision=16-mixed`).
+        ValueError: options out of range, a hidden parameter of fewer than two dimensions, the state of another
+            optimizer, or gradients that are still scaled (`fused=true` with `precision=16-mixed`).
     """
 
     asks_for_hidden = True
@@ -173,14 +173,26 @@ class Muon(AdamW):
         *,
         fused: bool | None = None,
     ) -> None:
-        if not 0 <= momentum < 1 or ns_steps < 1:
+        if not 0 <= momentum < 1 or ns_steps < 1 or ns_steps != int(ns_steps):
             raise ValueError(f"Muon: expected momentum in [0, 1), ns_steps of at least 1, got {momentum}, {ns_steps}")
-        self.momentum, self.ns_steps = momentum, ns_steps
-        super().__init__(params, lr, betas, eps, weight_decay, fused=fused)
-        for group in self.param_groups:
-            flat = [tuple(p.shape) for p in group["params"] if p.ndim < 2]
-            if group.setdefault("hidden", False) and flat:
-                raise ValueError(f"Muon: expected whole matrices (trainer=fsdp has none), got the shape {flat[0]}")
+        own = {"hidden": False, "momentum": momentum, "ns_steps": int(ns_steps)}
+        groups = list(params)
+        groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+        super().__init__([own | group for group in groups], lr, betas, eps, weight_decay, fused=fused)
+        self.defaults |= own
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        flat = [tuple(p.shape) for p in added["params"] if p.ndim < 2]
+        if added["hidden"] and flat:
+            raise ValueError(f"Muon: expected matrices in a hidden group, got the shape {flat[0]}")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved, own = ([g.get("hidden") for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        if saved != own:
+            raise ValueError(f"Muon: expected the state of groups that are hidden={own}, got one of {saved}")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -193,37 +205,44 @@ class Muon(AdamW):
         groups = self.param_groups
         try:
             self.param_groups = [g for g in groups if not g["hidden"]]
-            super().step()
+            _unhooked(AdamW.step)(self)
         finally:
             self.param_groups = groups
-        for group in groups:
-            if group["hidden"]:
-                self._step_hidden(group)
+        self._step_hidden([g for g in groups if g["hidden"]])
         return loss
 
-    def _step_hidden(self, group: dict[str, Any]) -> None:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        gradients = [cast(Tensor, p.grad) for p in parameters]
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p] |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
-        torch._foreach_add_([self.state[p]["step"] for p in parameters], 1)  # AdamW expects one of every parameter
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
-        ahead = torch._foreach_lerp(gradients, buffers, self.momentum)
-        together: dict[tuple[int, int], list[int]] = {}
-        for i, p in enumerate(parameters):
-            together.setdefault((p.shape[0], p[0].numel()), []).append(i)
-        updates = list(ahead)
-        for (rows, columns), members in together.items():
-            step = orthogonal(torch.stack([ahead[i].flatten(1) for i in members]), self.ns_steps)
-            step *= 0.2 * math.sqrt(max(rows, columns))
-            for i, update in zip(members, step.to(gradients[0].dtype).unbind(), strict=True):
-                updates[i] = update.view_as(parameters[i])
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+    def _step_hidden(self, groups: list[dict[str, Any]]) -> None:
+        of_group = [[p for p in g["params"] if p.grad is not None] for g in groups]
+        updates: dict[nn.Parameter, Tensor] = {}
+        together: dict[tuple[int, int, int], list[nn.Parameter]] = {}
+        for group, parameters in zip(groups, of_group, strict=True):
+            if not parameters:
+                continue
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p] |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
+                together.setdefault((p.shape[0], p[0].numel(), group["ns_steps"]), []).append(p)
+            torch._foreach_add_([self.state[p]["step"] for p in parameters], 1)  # AdamW expects one of every parameter
+            gradients = [cast(Tensor, p.grad) for p in parameters]
+            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
+            updates |= dict(zip(parameters, ahead, strict=True))
+        for (rows, columns, steps), members in together.items():
+            update = orthogonal(torch.stack([updates[p].flatten(1) for p in members]), steps)
+            update *= 0.2 * math.sqrt(max(rows, columns))
+            # In the parameters' layout, or all that follows would be a launch each
+            update = update.to(members[0].dtype, memory_format=torch.contiguous_format)
+            updates |= {p: u.view_as(p) for p, u in zip(members, update.unbind(), strict=True)}
+        for group, parameters in zip(groups, of_group, strict=True):
+            if parameters:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, [updates[p] for p in parameters], alpha=-group["lr"])
+
+
+def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """torch wraps a class's `step`, once one of it was made, to call hooks: Muon's own has called them already."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
 
 
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
@@ -328,13 +347,13 @@ def plateau(
     patience: int = 5,
     threshold: float = 1e-4,
 ) -> list[dict[str, Any]]:
-    """Warm-up, then the base rate, times `factor` whenever the metric has not improved for `patience` epochs.
+    """Warm-up, then the base rate, times `factor` whenever the metric has not improved for `patience` validations.
 
     Args:
         optimizer, total_steps, warmup: as of `cosine`.
         final_ratio: the lowest rate divided by the base rate.
         monitor, mode: the metric, and whether it should become small (`min`) or large (`max`).
-        factor: below 1. patience: epochs. threshold: the least relative improvement that counts.
+        factor: below 1. patience: epochs with a validation. threshold: the least relative improvement that counts.
 
     Returns:
         Schedulers as Lightning's `configure_optimizers` takes them.

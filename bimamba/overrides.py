@@ -74,15 +74,23 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
 
 def _refuse_another_optimizer(given: Mapping[str, Any], merged: DictConfig) -> None:
     """The optimizer's saved state brings its own rates and decays: others would be taken in silence, and do nothing."""
-    before = given.get("task", {}).get("optimizer") or {}
-    now = _raw(merged, "task.optimizer") or {}
-    differ = [k for k in before if k in now and now[k] != before[k]]
-    if differ:
-        raise ValueError(
-            f"task.optimizer.{differ[0]}={now[differ[0]]}: a resumed training goes on with its optimizer as it was "
-            f"saved ({differ[0]}={before[differ[0]]}); for another one begin a new training from the weights, by "
-            "model.pretrained=CHECKPOINT"
-        )
+    before, now = given.get("task", {}), _raw(merged, "task")
+    pairs = [
+        (f"optimizer.{k}", before.get("optimizer") or {}, now.get("optimizer") or {}, k) for k in _options(before, now)
+    ]
+    pairs += [(k, before, now, k) for k in ("layer_decay", "lr_scale")]
+    for name, then, today, k in pairs:
+        if then.get(k) != today.get(k):
+            raise ValueError(
+                f"task.{name}={today.get(k)}: a resumed training goes on with its optimizer as it was saved "
+                f"({k}={then.get(k)}); for another one begin a new training from the weights, by "
+                "model.pretrained=CHECKPOINT"
+            )
+
+
+def _options(*tasks: Mapping[str, Any]) -> list[str]:
+    """All options of their optimizers."""
+    return list(dict.fromkeys(k for task in tasks for k in task.get("optimizer") or {}))
 
 
 def _is_group(override: Override) -> bool:

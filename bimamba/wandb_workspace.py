@@ -32,7 +32,7 @@ SECTIONS: Mapping[str, Sequence[tuple[str, str, tuple[str, ...]]]] = {
     ),
     "train": (
         ("line", "loss of steps", ("train/loss_step",)),
-        ("line", "learning rate", ("train/lr/decay", "train/lr/no_decay")),
+        ("line", "learning rate", ("train/lr/decay", "train/lr/no_decay", "train/lr/hidden")),
         ("line", "gradient norm", ("train/grad_norm",)),
     ),
     "performance": (

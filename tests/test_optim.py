@@ -1,5 +1,6 @@
 """Decay-free groups, and the values of the schedules."""
 
+import copy
 import io
 import itertools
 import math
@@ -283,13 +284,58 @@ def _saved(state):
     return file
 
 
+def test_hooks_are_called_once_and_copies_and_new_groups_step():
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # from now on torch's own step calls hooks, too
+    matrix, bias = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
+    one, calls = optim.Muon([{"params": [matrix], "hidden": True}], lr=0.1), []
+    one.add_param_group({"params": [bias]})  # as Lightning's BackboneFinetuning does
+    one.register_step_pre_hook(lambda *_: calls.append("before"))
+    one.register_step_post_hook(lambda *_: calls.append("after"))
+    matrix.grad, bias.grad = torch.eye(4), torch.ones(4)
+    one.step()
+    assert calls == ["before", "after"] and (bias < 1).all() and (matrix.diagonal() < 1).all()
+    other = copy.deepcopy(one)
+    (theirs,) = other.param_groups[0]["params"]
+    theirs.grad = torch.eye(4)
+    other.step()
+    one.step()
+    assert torch.equal(theirs, matrix)
+
+
+def test_every_group_has_its_own_rate_and_matrices_of_one_shape_are_taken_together(monkeypatch):
+    torch.manual_seed(0)
+    start, gradient, shapes = torch.randn(8, 20), torch.randn(8, 20), []
+    whole, orthogonal = [nn.Parameter(start.clone()) for _ in range(2)], optim.orthogonal
+    monkeypatch.setattr(optim, "orthogonal", lambda x, steps: (shapes.append(tuple(x.shape)), orthogonal(x, steps))[1])
+    groups = [{"params": [p], "hidden": True, "lr": lr} for p, lr in zip(whole, (0.1, 0.2), strict=True)]
+    one = optim.Muon(groups, weight_decay=0.0)
+    for p in whole:
+        p.grad = gradient.clone()
+    one.step()
+    assert shapes == [(2, 8, 20)]
+    torch.testing.assert_close(2 * (whole[0] - start), whole[1] - start)
+
+
+def test_what_decay_must_leave_alone_is_not_hidden():
+    net = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])})
+    net["blocks"][0].weight._no_weight_decay = True
+    groups = muon_groups(net)
+    assert [(g["name"], g["weight_decay"], len(g["params"])) for g in groups] == [
+        ("hidden", 0.1, 1),
+        ("no_decay", 0.0, 1),
+    ]
+
+
 def test_muon_refuses():
     matrix = nn.Parameter(torch.zeros(4, 4))
-    for options in ({"momentum": 1.0}, {"momentum": -0.1}, {"ns_steps": 0}):
+    for options in ({"momentum": 1.0}, {"momentum": -0.1}, {"ns_steps": 0}, {"ns_steps": 2.5}):
         with pytest.raises(ValueError, match="Muon: expected momentum"):
             optim.Muon([matrix], **options)
-    with pytest.raises(ValueError, match=r"whole matrices \(trainer=fsdp has none\), got the shape \(16,\)"):
+    with pytest.raises(ValueError, match=r"matrices in a hidden group, got the shape \(16,\)"):
         optim.Muon([{"params": [nn.Parameter(torch.zeros(16))], "hidden": True}])
+    with pytest.raises(ValueError, match=r"groups that are hidden=\[True\], got one of \[None\]"):
+        another = torch.optim.AdamW([matrix])
+        optim.Muon([{"params": [matrix], "hidden": True}]).load_state_dict(another.state_dict())
     one = optim.Muon([{"params": [matrix], "hidden": True}])
     matrix.grad, one.grad_scale = torch.ones(4, 4), torch.ones(1)
     with pytest.raises(ValueError, match="unscaled gradients"):

@@ -103,4 +103,4 @@ def test_a_sweep_of_one_and_of_several_processes(tmp_path, jobs, whole):
         times = [(sweep / number / name).stat().st_mtime for name in ("metrics.json", "checkpoints/last.ckpt")]
         assert times[0] >= times[1]
     assert (done.returncode == 0) == (len(whole) == len(jobs.split("=")[-1].split(",")))
-    assert done.returncode == 0 or "has begun with 2 processes" in done.stdout + done.stderr
+    assert done.returncode == 0 or "has 2 processes by now" in done.stdout + done.stderr

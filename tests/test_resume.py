@@ -247,3 +247,19 @@ def test_what_is_killed_while_saving_leaves_the_last_good_checkpoint(tmp_path):
     assert load(path) == {"step": 1}
     writer.save_checkpoint({"step": 2}, path)  # what the kill left is in nobody's way
     assert load(path) == {"step": 2} and [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("crash", [9, 13])  # at the end of an epoch, and in mid-epoch
+def test_a_rate_that_follows_the_validation_falls_when_it_would_have(tmp_path, monkeypatch, crash):
+    """Lightning (2.6) steps such a schedule after the epoch's checkpoints, and not in a resumed epoch."""
+    options = ["task=plateau", "task.scheduler.patience=0", "task.scheduler.threshold=0.9", "task.scheduler.warmup=0"]
+    options += [*OPTIONS, "trainer.max_epochs=3"]
+    trained(tmp_path / "whole", Losses(), *options, monkeypatch=monkeypatch)
+    with pytest.raises(RuntimeError, match="crash"):
+        trained(tmp_path / "cut", Losses(crash_after=crash + 1), *options, monkeypatch=monkeypatch)
+    path = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    trained(tmp_path / "cut", Losses(), f"ckpt_path={path}", monkeypatch=monkeypatch)
+    whole, cut = load(tmp_path / "whole" / "checkpoints" / "last.ckpt"), load(path)
+    rates = [[g["lr"] for g in c["optimizer_states"][0]["param_groups"]] for c in (whole, cut)]
+    assert rates[0] == rates[1] and rates[0][0] < 0.002  # fell at least once
+    same_weights(whole, cut)

@@ -130,6 +130,10 @@ def test_resuming_goes_on_where_it_stopped_in_the_same_folder(tmp_path):
 def test_resuming_with_another_rate_is_refused_for_it_would_do_nothing(fitted, tmp_path):
     with pytest.raises(ValueError, match=r"task\.optimizer\.lr=0\.05: a resumed training goes on .*\(lr=0\.01\)"):
         run(tmp_path, last(fitted), "task.optimizer.lr=0.05")
+    with pytest.raises(ValueError, match=r"task\.optimizer\.amsgrad=True: .*\(amsgrad=None\)"):
+        run(tmp_path, last(fitted), "+task.optimizer.amsgrad=true")
+    with pytest.raises(ValueError, match=r"task\.layer_decay=0\.5: a resumed training goes on"):
+        run(tmp_path, last(fitted), "task.layer_decay=0.5")
     checkpoint = read_checkpoint(fitted[0] / "checkpoints" / "last.ckpt")
     typed = [last(fitted), "++task.optimizer.lr=0.01"]  # the whole command once more, by a scheduler
     given = composed(tmp_path, *typed)

@@ -92,9 +92,12 @@ class Checkpoints(ModelCheckpoint):
 
 
 def processes_meet(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the processes ask each other after this batch: every `trainer.log_every_n_steps` batches, for their hosts
-    wait for the devices then. A process on its own may look after every batch."""
-    return trainer.world_size == 1 or (batch_idx + 1) % max(1, trainer.log_every_n_steps) == 0
+    """Whether the processes ask each other after this batch, the last one of an optimizer step: about every
+    `trainer.log_every_n_steps` batches, for their hosts wait for the devices then. A process on its own may look after
+    every one."""
+    every, done = max(1, trainer.log_every_n_steps), batch_idx + 1
+    before = max(0, done - trainer.accumulate_grad_batches)  # where they could have asked last
+    return trainer.world_size == 1 or done // every > before // every
 
 
 def validation_follows(trainer: Trainer) -> bool:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 import bimamba
@@ -104,6 +105,7 @@ class Task(LightningModule):
     def on_validation_epoch_end(self) -> None:
         # Every process holds the same values: syncing them again changes nothing.
         values: dict[str, Any] = self.finish("val")
+        self._step_plateaus(values)
         shown = {name: values.pop(name) for name in (f"val/{s}" for s in SHOWN) if name in values}
         self.log_dict(shown, sync_dist=True, prog_bar=True)
         self.log_dict(values, sync_dist=True)
@@ -116,9 +118,14 @@ class Task(LightningModule):
 
     def configure_optimizers(self) -> Any:
         options = self.optimizer.keywords if isinstance(self.optimizer, partial) else {}
-        decay, rate = options.get("weight_decay", 0.0), options.get("lr")
         kind = self.optimizer.func if isinstance(self.optimizer, partial) else self.optimizer
+        decay, rate = options.get("weight_decay", _default(kind, "weight_decay", 0.0)), options.get("lr")
         hidden = self.hidden if getattr(kind, "asks_for_hidden", False) else None
+        if hidden and isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "task.optimizer: Muon needs whole matrices, and trainer=fsdp cuts them; expected trainer=ddp, or "
+                "task.optimizer._target_=torch.optim.AdamW"
+            )
         groups = parameter_groups(self, decay, self.undecayed, self.layer_decay, rate, self.lr_scale, hidden)
         optimizer = self.optimizer(groups, **self._fused())
         if self._scaler() is None and getattr(optimizer, UNSCALES, False):
@@ -137,6 +144,23 @@ class Task(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
         }
+
+    def _step_plateaus(self, values: Mapping[str, Any]) -> None:
+        """Schedules that follow a metric of the validation behind an epoch's last batch, before a checkpoint is saved.
+
+        Lightning (2.6) steps them after the epoch's checkpoints, and not at all in a resumed epoch: a resumed training
+        would be a step behind.
+        """
+        if self.trainer.state.fn == "fit" and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            for config in self.trainer.lr_scheduler_configs if not self.trainer.sanity_checking else []:
+                scheduler, monitor = config.scheduler, str(config.monitor)
+                if isinstance(scheduler, ReduceLROnPlateau) and monitor in values:
+                    scheduler.step(values[monitor])
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        of = next((c.monitor for c in self.trainer.lr_scheduler_configs if c.scheduler is scheduler), None)
+        if not (isinstance(scheduler, ReduceLROnPlateau) and str(of).startswith("val/")):
+            super().lr_scheduler_step(scheduler, metric)
 
     def _fused(self) -> dict[str, bool]:
         """`fused=True` for an optimizer that has such a form, on a GPU, where nobody chose another: one launch for all
@@ -170,3 +194,9 @@ class Task(LightningModule):
         checkpoint["spec"] = self.spec.to_dict()
         checkpoint["bimamba_version"] = bimamba.__version__
         checkpoint.update(self.checkpoint_extras)
+
+
+def _default(function: Callable[..., Any], name: str, otherwise: Any) -> Any:
+    """That of a parameter, if it has one."""
+    parameter = inspect.signature(function).parameters.get(name)
+    return otherwise if parameter is None or parameter.default is parameter.empty else parameter.default

@@ -1,5 +1,6 @@
 """Callbacks on their own: rates, gradient norm, examples, and predictions of every problem."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from bimamba.callbacks import (
     ProgressBar,
     Throughput,
 )
+from bimamba.callbacks.checkpoints import processes_meet
 from bimamba.predictions import decide, prediction_table
 from bimamba.spec import DataSpec
 from bimamba.tasks.base import Task as BaseTask
@@ -237,3 +239,14 @@ def test_no_step_waits_for_the_bar():
     )
     trainer.fit(Tiny(), torch.utils.data.DataLoader(rows, batch_size=2))
     assert "train/loss_step" not in given["pbar"] and given["shown"]["train/loss_step"] >= 0.0
+
+
+@pytest.mark.parametrize(("accumulate", "every"), [(1, 10), (7, 10), (64, 50), (4, 1)])
+def test_processes_ask_each_other_about_as_often_as_they_log(accumulate, every):
+    trainer = SimpleNamespace(world_size=2, log_every_n_steps=every, accumulate_grad_batches=accumulate)
+    ends = range(accumulate - 1, 1000, accumulate)
+    asked = [i + 1 for i in ends if processes_meet(trainer, i)]
+    gaps = [b - a for a, b in itertools.pairwise([0, *asked])]
+    assert max(gaps) < every + accumulate and min(gaps) > max(every - accumulate, 0)
+    trainer.world_size = 1
+    assert all(processes_meet(trainer, i) for i in ends)

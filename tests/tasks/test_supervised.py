@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from bimamba import optim
 from bimamba.spec import DataSpec
+from bimamba.strategies import ShardedStrategy
 from bimamba.tasks import SupervisedTask
 
 SPEC = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACGTN", max_length=6)
@@ -181,3 +182,19 @@ def test_gpus_get_the_fused_form(optimizer, device, scaler, expected):
     strategy = SimpleNamespace(root_device=torch.device(device))
     one._trainer = SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace(scaler=scaler))
     assert one._fused() == expected
+
+
+def test_muon_under_fsdp_is_refused_with_a_way_out():
+    one = task(optimizer=partial(optim.Muon, lr=0.01))
+    one._trainer, one.hidden = SimpleNamespace(strategy=ShardedStrategy()), {"net.0.weight"}
+    with pytest.raises(ValueError, match=r"expected trainer=ddp, or task\.optimizer\._target_=torch\.optim\.AdamW"):
+        one.configure_optimizers()
+
+
+def test_without_a_decay_of_ones_own_the_optimizers_default_counts():
+    one = task(optimizer=partial(optim.Muon, lr=0.01), scheduler=None)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), precision_plugin=None)
+    one._trainer = trainer
+    assert {g["name"]: g["weight_decay"] for g in one.configure_optimizers().param_groups}["decay"] == 0.1
+    one.optimizer = partial(torch.optim.SGD, lr=0.01)
+    assert {g["weight_decay"] for g in one.configure_optimizers().param_groups} == {0}
