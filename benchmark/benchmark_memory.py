@@ -2,6 +2,7 @@
 
 python benchmark/benchmark_memory.py             # needs a GPU
 python benchmark/benchmark_memory.py --peer      # also mamba-ssm, whose autotuning takes minutes
+python benchmark/benchmark_memory.py --shapes 1 --name _first   # results of its own: memory_first.csv, shapes_first.csv
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
+    parser.add_argument("--name", default="", help="behind the names of the result files")
     a = parser.parse_args()
+    if not 1 <= a.shapes <= len(SHAPES):
+        parser.error(f"--shapes: expected 1 to {len(SHAPES)}, got {a.shapes}")
     if not torch.cuda.is_available():
         raise SystemExit("benchmark_memory.py measures a GPU's allocator; found no CUDA device")
     runs = {
@@ -74,12 +78,12 @@ def main() -> None:
             row[f"{k} eager"] = milliseconds(step(f, given, True), "cuda", eager=True)
         times.append(row)
         print(memory[-1], row, flush=True)
-        save("memory", memory)  # a row may take minutes: what is measured is not lost
-        save("shapes", times)
-    report(
-        "memory", memory, "b l h p n", "sizes of x", f"peak of forward+backward beyond the inputs, {hardware('cuda')}"
-    )
-    report("shapes", times, "b l h p n", "ms", f"ms, CUDA graph (eager where it says so), bf16, {hardware('cuda')}")
+        save(f"memory{a.name}", memory)  # a row may take minutes: what is measured is not lost
+        save(f"shapes{a.name}", times)
+    title = f"peak of forward+backward beyond the inputs, {hardware('cuda')}"
+    report(f"memory{a.name}", memory, "b l h p n", "sizes of x", title)
+    title = f"ms, CUDA graph (eager where it says so), bf16, {hardware('cuda')}"
+    report(f"shapes{a.name}", times, "b l h p n", "ms", title)
 
 
 if __name__ == "__main__":

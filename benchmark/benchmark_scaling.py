@@ -22,11 +22,12 @@ Parts:
                 training resumed on another number of GPUs: steps go on, and the first epoch's loss is within a tenth
                 of the last one's.
     throughput  Same batch on EACH GPU, epochs of the same number of steps, the experiment's own augmentation:
-                `performance/samples_per_second`, the median over epochs (of 10 steps and more) after the first two;
-                waiting for data counts, validation and checkpoints do not. One run at a time, or (--beside) those of
-                few GPUs at once on different ones, which share the host alone. Efficiency: rate on N / (N x rate on one
-                GPU, without a strategy, of the same workload and mode). `patches` with DDP also as CUDA graphs
-                (task.compile_options.mode=reduce-overhead); `--variant NAME OVERRIDE` adds one more run of DDP.
+                `performance/samples_per_second`, the median over epochs (of 10 steps or, on 8 GPUs, 5) after the first
+                two; waiting for data counts, validation and checkpoints do not. One run at a time, or (--beside) those
+                of few GPUs at once on different ones, which share the host alone. Efficiency: rate on N / (N x rate on
+                one GPU, without a strategy, of the same workload and mode). `patches` with DDP also as CUDA graphs
+                (task.compile_options.mode=reduce-overhead); `--variant NAME OVERRIDE` (again for more overrides of that
+                name) adds one more run of DDP.
 
 Runs of `curves` and `checks` go side by side on different GPUs. A run that fails, or takes longer than --timeout (its
 processes' stacks are printed then), is marked, and the others go on. Written after every run: OUT/scaling.csv,
@@ -332,7 +333,9 @@ class Benchmark:
 
     def throughput(self) -> None:
         runs: dict[tuple[str, str, int], Run] = {}
-        variants = dict(self.a.variant)
+        variants: dict[str, list[str]] = {}
+        for variant, override in self.a.variant:
+            variants.setdefault(variant, []).append(override)
         for mode in ("", "graph", *variants):
             for name, w in self.known.items():
                 if mode == "graph" and (name != "patches" or self.a.no_graph):
@@ -347,7 +350,7 @@ class Benchmark:
                     if mode == "graph":
                         extra += ["task.compile=true", "task.compile_options.mode=reduce-overhead"]
                     elif mode:
-                        extra.append(variants[mode])
+                        extra += variants[mode]
                     runs[name, f"{strategy} {mode}".strip(), n] = self.make(
                         "throughput", name, strategy, n, *extra, kind=mode
                     )
@@ -499,6 +502,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--devices: expected at most {there}, which are there, got {a.devices[-1]}")
     if "checks" in a.parts and "curves" not in a.parts:
         parser.error("--parts checks: expected curves too, whose runs are checked")
+    if wrong := [name for name, _ in a.variant if name == "graph" or not re.fullmatch(r"\w+", name)]:
+        parser.error(f"--variant: expected a name of letters, digits and _ other than graph, got {wrong[0]!r}")
+    if a.variant and "ddp" not in a.strategies:
+        parser.error("--variant: expected --strategies ddp, whose runs it adds to")
     if "patches" in a.workloads and not (a.tiny or a.cifar):
         parser.error("--cifar: expected a folder for the workload patches")
     a.cifar = a.cifar and str(Path(a.cifar).resolve())
@@ -524,7 +531,7 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     title = f"{len(gpus)} x {hardware(a.device)}"
     draw(a.out / "scaling.png", bench, title)
     show(bench.rows, title)
-    print(f"written: {a.out}/scaling.csv, scaling_curves.csv and scaling.png")
+    print(f"written: {a.out}/scaling.csv, scaling.png and, of curves, scaling_curves.csv")
     return bench.rows
 
 

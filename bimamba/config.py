@@ -85,8 +85,10 @@ def fit_options(cfg: DictConfig) -> None:
     say so: an experiment sets `model.embedding.patch_size`, and `model/embedding=pixels` is typed on top of it.
 
     Raises:
-        ValueError: an option that no choice of the group has.
+        ValueError: an option that no choice of the group has, or that the optimizer does not take.
     """
+    for key, target, taken in _strange_options(cfg.task.get("optimizer"), "task.optimizer"):
+        raise ValueError(f"{key}: expected an option that {target} takes ({taken}); ~{key} leaves it out")
     for key, target, taken in list(_strange_options(cfg.model, "model")):
         parent, _, name = key.rpartition(".")
         files = (CONFIGS / parent.replace(".", "/")).glob("*.yaml")

@@ -131,6 +131,8 @@ def test_options_of_another_choice_are_left_out(tmp_path, caplog):
     assert "patch_size" not in cfg.model.embedding
     with pytest.raises(ValueError, match=r"model.embedding.patchsize: expected an option that bimamba.nn.PixelEmb"):
         config.fit_options(composed(tmp_path, "model/embedding=pixels", "+model.embedding.patchsize=2"))
+    with pytest.raises(ValueError, match=r"task\.optimizer\.betas: expected an option that torch\.optim\.SGD takes"):
+        config.fit_options(composed(tmp_path, "task.optimizer._target_=torch.optim.SGD"))
 
 
 CIFAR = DataSpec("image", "multiclass", tuple("abcdefghij"), channels=3, height=32, width=32)

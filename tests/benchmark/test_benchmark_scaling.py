@@ -97,3 +97,17 @@ def test_a_run_that_hangs_says_where(tmp_path, monkeypatch, capsys):
     run = benchmark_scaling.Run("hangs", "patches", "single", 1, [])
     benchmark_scaling.Host([0], a, tmp_path, tmp_path / "failed.txt").run([run])
     assert run.result.startswith("timeout") and "in stuck" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--variant", "graph", "a=1"], "other than graph, got 'graph'"),
+        (["--variant", "a/b", "a=1"], "got 'a/b'"),
+        (["--variant", "a", "a=1", "--strategies", "fsdp"], "expected --strategies ddp"),
+    ],
+)
+def test_variants_that_could_not_run_are_refused(more, said, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_scaling.arguments(["--device", "cpu", "--tiny", *more])
+    assert said in capsys.readouterr().err
