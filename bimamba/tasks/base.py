@@ -43,6 +43,8 @@ class Task(LightningModule):
         checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
     """
 
+    _followed = False  # whether this epoch's metrics are logged
+
     def __init__(
         self,
         net: nn.Module,
@@ -89,9 +91,14 @@ class Task(LightningModule):
         loss, size = self.shared_step(batch, "train")["loss"], len(batch["id"])
         # Not with prog_bar, which is read from the device at each step: `callbacks.ProgressBar` shows it
         self.log("train/loss_step", loss, on_step=True, on_epoch=False, batch_size=size)
-        for name, metric in self.train_metrics().items():
-            self.log(name, metric, on_step=False, on_epoch=True, batch_size=size)
+        if not self._followed:  # Lightning keeps them; at every step that took 0.7 of 1.25 ms of the host
+            for name, metric in self.train_metrics().items():
+                self.log(name, metric, on_step=False, on_epoch=True, batch_size=size)
+            self._followed = True
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        self._followed = False
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         return self.shared_step(batch, "val")
