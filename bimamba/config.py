@@ -81,15 +81,16 @@ def check(cfg: DictConfig) -> None:
 
 
 def fit_options(cfg: DictConfig) -> None:
-    """Leave out options of a part of the model that this part does not have but another choice of its group has, and
-    say so: an experiment sets `model.embedding.patch_size`, and `model/embedding=pixels` is typed on top of it.
+    """Leave out options of a part of the model, or of the optimizer, that this part does not have but another choice of
+    its group has, and say so: an experiment sets `model.embedding.patch_size`, and `model/embedding=pixels` is typed on
+    top of it.
 
     Raises:
-        ValueError: an option that no choice of the group has, or that the optimizer does not take.
+        ValueError: an option that no choice of the group has.
     """
-    for key, target, taken in _strange_options(cfg.task.get("optimizer"), "task.optimizer"):
-        raise ValueError(f"{key}: expected an option that {target} takes ({taken}); ~{key} leaves it out")
-    for key, target, taken in list(_strange_options(cfg.model, "model")):
+    optimizer = cfg.task.get("optimizer")
+    strange = [*_strange_options(cfg.model, "model"), *_strange_options(optimizer, "task.optimizer")]
+    for key, target, taken in strange:
         parent, _, name = key.rpartition(".")
         files = (CONFIGS / parent.replace(".", "/")).glob("*.yaml")
         if not any(name in OmegaConf.load(file) for file in files):
@@ -100,7 +101,7 @@ def fit_options(cfg: DictConfig) -> None:
 
 
 def _strange_options(node: Any, path: str) -> Iterator[tuple[str, str, str]]:
-    """Options that no part of a model takes: key, part, and what it takes."""
+    """Options that no part takes: key, part, and what it takes."""
     if not isinstance(node, DictConfig):
         return
     target = node.get("_target_")

@@ -221,7 +221,7 @@ class Muon(AdamW):
             for p in parameters:
                 if not self.state[p]:
                     self.state[p] |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(p)}
-                together.setdefault((p.shape[0], p[0].numel(), group["ns_steps"]), []).append(p)
+                together.setdefault((p.shape[0], p.numel() // p.shape[0], group["ns_steps"]), []).append(p)
             torch._foreach_add_([self.state[p]["step"] for p in parameters], 1)  # AdamW expects one of every parameter
             gradients = [cast(Tensor, p.grad) for p in parameters]
             buffers = [self.state[p]["momentum_buffer"] for p in parameters]

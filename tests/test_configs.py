@@ -131,8 +131,18 @@ def test_options_of_another_choice_are_left_out(tmp_path, caplog):
     assert "patch_size" not in cfg.model.embedding
     with pytest.raises(ValueError, match=r"model.embedding.patchsize: expected an option that bimamba.nn.PixelEmb"):
         config.fit_options(composed(tmp_path, "model/embedding=pixels", "+model.embedding.patchsize=2"))
-    with pytest.raises(ValueError, match=r"task\.optimizer\.betas: expected an option that torch\.optim\.SGD takes"):
-        config.fit_options(composed(tmp_path, "task.optimizer._target_=torch.optim.SGD"))
+    with pytest.raises(ValueError, match=r"task\.optimizer\.beta: expected an option that torch\.optim\.AdamW takes"):
+        config.fit_options(composed(tmp_path, "+task.optimizer.beta=1"))
+
+
+def test_options_of_another_optimizer_are_left_out(tmp_path):
+    cfg = composed(tmp_path, "task.optimizer._target_=torch.optim.SGD")
+    config.fit_options(cfg)
+    assert set(cfg.task.optimizer) == {"_target_", "_partial_", "lr", "weight_decay"}
+    assert composed(tmp_path, "task/optimizer=muon").task.optimizer.momentum == 0.95
+    cfg = composed(tmp_path, "task/optimizer=adamw", "+task.optimizer.momentum=0.9")  # as an experiment by Muon sets it
+    config.fit_options(cfg)
+    assert "momentum" not in cfg.task.optimizer
 
 
 CIFAR = DataSpec("image", "multiclass", tuple("abcdefghij"), channels=3, height=32, width=32)

@@ -131,7 +131,7 @@ class Task(LightningModule):
         if hidden and isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "task.optimizer: Muon needs whole matrices, and trainer=fsdp cuts them; expected trainer=ddp, or "
-                "task.optimizer._target_=torch.optim.AdamW"
+                "task/optimizer=adamw"
             )
         groups = parameter_groups(self, decay, self.undecayed, self.layer_decay, rate, self.lr_scale, hidden)
         optimizer = self.optimizer(groups, **self._fused())

@@ -187,7 +187,7 @@ def test_gpus_get_the_fused_form(optimizer, device, scaler, expected):
 def test_muon_under_fsdp_is_refused_with_a_way_out():
     one = task(optimizer=partial(optim.Muon, lr=0.01))
     one._trainer, one.hidden = SimpleNamespace(strategy=ShardedStrategy()), {"net.0.weight"}
-    with pytest.raises(ValueError, match=r"expected trainer=ddp, or task\.optimizer\._target_=torch\.optim\.AdamW"):
+    with pytest.raises(ValueError, match=r"expected trainer=ddp, or task/optimizer=adamw"):
         one.configure_optimizers()
 
 
