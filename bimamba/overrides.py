@@ -74,23 +74,20 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
 
 def _refuse_another_optimizer(given: Mapping[str, Any], merged: DictConfig) -> None:
     """The optimizer's saved state brings its own rates and decays: others would be taken in silence, and do nothing."""
-    before, now = given.get("task", {}), _raw(merged, "task")
-    pairs = [
-        (f"optimizer.{k}", before.get("optimizer") or {}, now.get("optimizer") or {}, k) for k in _options(before, now)
-    ]
-    pairs += [(k, before, now, k) for k in ("layer_decay", "lr_scale")]
-    for name, then, today, k in pairs:
-        if then.get(k) != today.get(k):
+    before, now = _of_optimizer(given.get("task", {})), _of_optimizer(_raw(merged, "task"))
+    for key in before | now:
+        then, today, name = before.get(key), now.get(key), key.rpartition(".")[2]
+        if then != today:
             raise ValueError(
-                f"task.{name}={today.get(k)}: a resumed training goes on with its optimizer as it was saved "
-                f"({k}={then.get(k)}); for another one begin a new training from the weights, by "
-                "model.pretrained=CHECKPOINT"
+                f"task.{key}={today}: a resumed training goes on with its optimizer as it was saved ({name}={then}); "
+                "for another one begin a new training from the weights, by model.pretrained=CHECKPOINT"
             )
 
 
-def _options(*tasks: Mapping[str, Any]) -> list[str]:
-    """All options of their optimizers."""
-    return list(dict.fromkeys(k for task in tasks for k in task.get("optimizer") or {}))
+def _of_optimizer(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a task's options is in the optimizer's saved state."""
+    options = {f"optimizer.{key}": value for key, value in (task.get("optimizer") or {}).items()}
+    return options | {key: task.get(key) for key in ("layer_decay", "lr_scale")}
 
 
 def _is_group(override: Override) -> bool:

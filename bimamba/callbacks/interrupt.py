@@ -18,6 +18,7 @@ from bimamba.callbacks.checkpoints import processes_meet, validation_follows
 from bimamba.runs import newest_checkpoint
 
 REQUEUE = "SIGUSR2"  # submitit's, which puts the job into Slurm's queue again
+LIGHTNINGS_QUESTION = "_broadcast_sigterm_tensor"  # a method of its epoch loop
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; a scheduler's end of time or preemption; Slurm's --signal=USR1
 
 
@@ -50,7 +51,6 @@ class SaveOnInterrupt(Checkpoint):
         self.path = Path(dirpath) / "interrupted.ckpt"
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._asks_less: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._received = None
@@ -61,8 +61,7 @@ class SaveOnInterrupt(Checkpoint):
             numbers.append(getattr(signal, REQUEUE))
         for number in numbers:
             self._before[number] = signal.signal(number, self._note)
-        self._asks_less = trainer.fit_loop.epoch_loop
-        self._asks_less._broadcast_sigterm_tensor = lambda: None
+        vars(trainer.fit_loop.epoch_loop)[LIGHTNINGS_QUESTION] = lambda: None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == signal.SIGINT == number:
@@ -108,25 +107,23 @@ class SaveOnInterrupt(Checkpoint):
         raise Stopped(128 + told)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+        self._restore(trainer)
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
             newest = newest_checkpoint(self.path.parent)
             where = f"The newest checkpoint is {newest}" if newest else "There is no checkpoint yet."
             _say(f"Stopped at step {trainer.global_step} without saving. {where}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
+        self._restore(trainer)
         # A resumed training that reached its end has no use for the interruption of its first part.
         if trainer.is_global_zero and self.path.exists():
             self.path.unlink()
 
-    def _restore(self) -> None:
+    def _restore(self, trainer: Trainer) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
-        if self._asks_less is not None:
-            del self._asks_less._broadcast_sigterm_tensor  # the class has Lightning's
-            self._asks_less = None
+        vars(trainer.fit_loop.epoch_loop).pop(LIGHTNINGS_QUESTION, None)  # the class has its own
 
 
 @rank_zero_only

@@ -13,7 +13,7 @@ from torch import Tensor
 _said: set[str] = set()
 
 
-def expect_device(name: str, x: Tensor, **others: Tensor | None) -> None:
+def expect_device(name: str, x: Tensor, /, **others: Tensor | None) -> None:
     """Kernels are handed addresses: one of another device would be read all the same.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose_backend as backend_rule
+from ..backend import expect_device
 from .chunked import best_chunk, ssd_chunked
 from .reference import Direction, ssd_reference
 
@@ -266,8 +267,7 @@ def _expect(name: str, value, shape: tuple[int, ...], axes: str, x: Tensor, dtyp
     if value.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{name}: expected dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
-    if value.device != x.device:
-        raise ValueError(f"{name}: expected the device of x, {x.device}, got {value.device}")
+    expect_device("x", x, **{name: value})
 
 
 def _validate(
