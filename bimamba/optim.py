@@ -34,17 +34,13 @@ def hidden_names(module: nn.Module) -> set[str]:
     Not among them: the embedding's first layer (or table), which reads letters or pixels, positions, the head, and
     depthwise convolutions, whose few taps a channel are no matrix. Ask before the module is sharded.
     """
-    hidden: set[str] = set()
-    first: set[str] = set()
-    for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d):
-            continue
-        part = re.search(r"(?:^|\.)(?:blocks|embedding)\.", f"{name}.")
-        if part and "embedding" in part.group() and part.group() not in first:
-            first.add(part.group())
-        elif part and not isinstance(layer, nn.Embedding) and getattr(layer, "groups", 1) == 1:
-            hidden.add(f"{name}.weight")
-    return hidden
+    kinds = nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d
+    layers = {f"{name}.weight": layer for name, layer in module.named_modules() if isinstance(layer, kinds)}
+    numbers = layer_numbers([*layers, "head"])
+    first = next((name for name, number in numbers.items() if number == 0), None)
+    depthwise = {name for name, layer in layers.items() if getattr(layer, "groups", 1) > 1}
+    tables = {name for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+    return {n for n in layers if numbers[n] != numbers["head"]} - {first} - depthwise - tables
 
 
 def parameter_groups(
@@ -375,5 +371,7 @@ def plateau(
     # An interval of epochs: the metric is there after validation. ReduceLROnPlateau takes the rates from the groups.
     which = cast(Literal["min", "max"], mode)
     falling = ReduceLROnPlateau(optimizer, which, factor, patience, threshold, min_lr=lowest)
-    schedulers.append({"scheduler": falling, "interval": "epoch", "monitor": monitor, "name": "train/lr"})
+    config = {"scheduler": falling, "interval": "epoch", "monitor": monitor, "name": "train/lr"}
+    # False: not Lightning's to step, but `Task`'s, which knows the validation's metrics before a checkpoint is saved
+    schedulers.append(config | {"reduce_on_plateau": not monitor.startswith("val/")})
     return schedulers

@@ -51,6 +51,18 @@ def test_everything_at_once(tmp_path):
     assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3  # 6 batches, two a step
 
 
+def test_a_plateau_counts_epochs_with_a_validation(tmp_path):
+    """And not those between, in which nothing was measured."""
+    options = ["task=plateau", "task.scheduler.patience=0", "task.scheduler.threshold=0.9", "task.scheduler.warmup=0"]
+    options += ["trainer.max_epochs=6", "trainer.check_val_every_n_epoch=2", "trainer.limit_train_batches=1"]
+    options += ["callbacks.model_checkpoint.every_n_epochs=2"]
+    _, spy = trained(tmp_path / "run", *SHORT, *options)
+    highest = [max(rates) for rates in spy.rates]
+    assert highest == pytest.approx([2e-3] * 4 + [1e-3] * 2)  # validated behind the second epoch, and the fourth
+    with pytest.raises(ValueError, match=r"task\.scheduler\.monitor: expected one of .*val/loss.*, got val/lost"):
+        trained(tmp_path / "wrong", *SHORT, *options, "task.scheduler.monitor=val/lost")
+
+
 @pytest.mark.parametrize("option", ["task=constant_rate", "task=linear_rate"])
 def test_the_other_schedules_run(tmp_path, option):
     _, spy = trained(tmp_path, *SHORT, option, "trainer.limit_train_batches=4", "task.scheduler.warmup=1")

@@ -155,18 +155,21 @@ class Task(LightningModule):
     def _step_plateaus(self, values: Mapping[str, Any]) -> None:
         """Schedules that follow a metric of the validation behind an epoch's last batch, before a checkpoint is saved.
 
-        Lightning (2.6) steps them after the epoch's checkpoints, and not at all in a resumed epoch: a resumed training
-        would be a step behind.
+        Lightning (2.6) steps them after the epoch's checkpoints, not at all in a resumed epoch (a resumed training
+        would be a step behind), and also in epochs without a validation, by its last metric or an error.
         """
-        if self.trainer.state.fn == "fit" and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            for config in self.trainer.lr_scheduler_configs if not self.trainer.sanity_checking else []:
-                scheduler, monitor = config.scheduler, str(config.monitor)
-                if isinstance(scheduler, ReduceLROnPlateau) and monitor in values:
-                    scheduler.step(values[monitor])
+        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if not (fitting and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler, monitor = config.scheduler, str(config.monitor)
+            if isinstance(scheduler, ReduceLROnPlateau) and not config.reduce_on_plateau:
+                if monitor not in values:
+                    raise ValueError(f"task.scheduler.monitor: expected one of {', '.join(values)}, got {monitor}")
+                scheduler.step(values[monitor])
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        of = next((c.monitor for c in self.trainer.lr_scheduler_configs if c.scheduler is scheduler), None)
-        if not (isinstance(scheduler, ReduceLROnPlateau) and str(of).startswith("val/")):
+        if metric is not None or not isinstance(scheduler, ReduceLROnPlateau):  # else it is `_step_plateaus`' to step
             super().lr_scheduler_step(scheduler, metric)
 
     def _fused(self) -> dict[str, bool]:
