@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from torch.distributed import get_world_size, is_initialized  # by name: cloudpickle (submitit) cannot send the package
 
 from bimamba import config
+from bimamba.callbacks import SaveOnInterrupt, StopOnInterrupt
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
 from bimamba.export import export
 from bimamba.files import write_whole
@@ -151,6 +152,8 @@ def make_callbacks(cfg: DictConfig) -> list[Callback]:
     }
     callbacks = [instantiate(c) for c in config.parts(cfg.callbacks)]
     callbacks = [c for c in callbacks if not getattr(c, "off", False)]
+    if off[Checkpoint]:
+        callbacks = [StopOnInterrupt() if isinstance(c, SaveOnInterrupt) else c for c in callbacks]
     return [c for c in callbacks if not any(isinstance(c, kind) and switch for kind, switch in off.items())]
 
 

@@ -6,7 +6,8 @@
 
 Workloads: `patches` is experiment=cifar10_patches with data.cache=device, 1,024 images a GPU; `dna_16k` is
 experiment=dna_pretrain on windows of 16,384 letters (d_model 256, depth 8, 8 windows a GPU) of a simulated genome that
-the script writes: letters of a Markov chain of order 3, so that there is something to learn. All in bf16-mixed on GPUs.
+the script writes: letters of a Markov chain of order 3, so that there is something to learn. `dna_wide` is the same
+with d_model 1024, depth 12 and 4 windows: of a size (80M) that FSDP is for. All in bf16-mixed on GPUs.
 
 Parts:
 
@@ -59,6 +60,7 @@ from scans import FOLDER, hardware
 
 ROOT = Path(__file__).parents[1]
 PARTS, STRATEGIES = ("curves", "checks", "throughput"), ("ddp", "fsdp")
+WORKLOADS = ("patches", "dna_16k", "dna_wide")
 EPOCH = 10  # steps that one point of a curve is the mean of
 COLUMNS = ["part", "workload", "run", "GPUs", "samples/s", "efficiency", "last loss", "max diff", "mean diff"]
 COLUMNS += ["result", "seconds"]
@@ -91,12 +93,15 @@ def workloads(a: argparse.Namespace, genome: Path) -> dict[str, Workload]:
         return {
             "patches": Workload(("experiment=digits", *small), STILL_IMAGES, 32, 2, 40, 10, table=True),
             "dna_16k": Workload((*dna, *small, "data.window=256"), (), 8, 2, 40, 10),
+            "dna_wide": Workload((*dna, *small, "model.d_model=32", "data.window=256"), (), 4, 2, 40, 10),
         }
     images = ("experiment=cifar10_patches", f"data.path={a.cifar}", "data.cache=device")
-    size = ("model.d_model=256", "model.depth=8", "model.mixer.headdim=64", "data.window=16384", "data.num_workers=2")
+    dna = (*dna, "model.mixer.headdim=64", "data.window=16384", "data.num_workers=2")
+    size, wide = ("model.d_model=256", "model.depth=8"), ("model.d_model=1024", "model.depth=12")
     return {
         "patches": Workload(images, STILL_IMAGES, 1024, 20, 240, max(40 // max(a.devices), 1), table=True),
         "dna_16k": Workload((*dna, *size), (), 8, 20, 140, 28),
+        "dna_wide": Workload((*dna, *wide), (), 4, 20, 60, 12),
     }
 
 
@@ -346,7 +351,7 @@ class Benchmark:
                     extra = [f"data.batch_size={w.batch}", f"trainer.max_steps={w.steps}", "test=false"]
                     extra += [f"trainer.limit_train_batches={w.per_epoch}", "trainer.max_epochs=1000"]
                     extra += [f"trainer.log_every_n_steps={w.per_epoch}", "trainer.limit_val_batches=0"]
-                    extra += ["trainer.enable_checkpointing=false", "callbacks.learning_curves=null"]
+                    extra += ["callbacks.model_checkpoint=null", "callbacks.learning_curves=null"]
                     if mode == "graph":
                         extra += ["task.compile=true", "task.compile_options.mode=reduce-overhead"]
                     elif mode:
@@ -476,7 +481,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--devices", type=int, nargs="+", help="numbers of GPUs; default: 1, 2, 4, … up to those there")
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="checks come with curves")
-    parser.add_argument("--workloads", choices=("patches", "dna_16k"), nargs="+", default=["patches", "dna_16k"])
+    parser.add_argument("--workloads", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
     parser.add_argument("--strategies", choices=STRATEGIES, nargs="+", default=list(STRATEGIES))
     parser.add_argument("--cifar", help="folder of CIFAR-10's train.parquet and test.parquet")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
@@ -521,7 +526,7 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
         work = (a.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         genome = work / "genome.fa"
-        if "dna_16k" in a.workloads:
+        if set(a.workloads) - {"patches"}:
             write_genome(genome, 512 if a.tiny else 1024, 256 if a.tiny else 16384)
         gpus = visible() if a.device == "cuda" else [str(n) for n in range(max(a.devices))]
         bench = Benchmark(a, Host(gpus, a, work, a.out / "scaling_failed.txt"), work, workloads(a, genome))

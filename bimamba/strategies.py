@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
@@ -22,18 +24,85 @@ from torch.optim import Optimizer
 
 from bimamba.nn.block import Block
 
+SMALL = 32 * 2**20  # bytes of gradients: 0.2 ms between GPUs with NVLink, a few over PCIe
+
 
 class ReplicatedStrategy(DDPStrategy):
-    """Lightning's `DDPStrategy`, whose `DistributedDataParallel` is not told its device.
+    """Lightning's `DDPStrategy` for small networks too, which are bound by what the host has to do in a step.
 
-    A batch is on its device before the network sees it. Told a device, torch looks for tensors to move all the same,
-    through every id of the batch (2.6 ms of the host for 1,024, on a 2-core x86-64 machine). Lightning then also builds
-    the wrapper on a CUDA stream of its own, which is where gradients would be accumulated: each parameter's would wait
-    for the stream of the backward pass, by an event.
+    * Gradients of a small network are averaged in one message behind the backward pass. torch's
+      `DistributedDataParallel` averages them while the pass goes on, bucket by bucket, for which the host stops at each
+      parameter; what it hides is for few parameters less than that.
+    * Where it is used it is not told its device, on which the batch is already. Told, torch walks through every id of
+      the batch (2.6 ms of the host for 1,024, on a 2-core x86-64 machine), and Lightning builds it on a CUDA stream of
+      its own, so that each parameter's gradient waits for the stream of the backward pass.
+
+    Args:
+        overlap: average gradients while the backward pass goes on. None: where they are larger than `SMALL`, or with an
+            option that only that has (`find_unused_parameters`, `static_graph`, `ddp_comm_hook`).
+        options: Lightning's, and those of `DistributedDataParallel`.
+
+    Raises:
+        ValueError: `overlap=False` and such an option.
+        RuntimeError: (in training, without overlap) a parameter was not used, so that nobody can average its gradient.
     """
+
+    def __init__(self, *args: Any, overlap: bool | None = None, **options: Any) -> None:
+        asked = [o for o in ("find_unused_parameters", "static_graph", "ddp_comm_hook") if options.get(o)]
+        if overlap is False and asked:
+            raise ValueError(f"trainer.strategy.{asked[0]}: expected trainer.strategy.overlap=true or null with it")
+        super().__init__(*args, **options)
+        self._overlap = True if asked else overlap
+        self._blocked = False  # while gradients of several batches are added up
+        self._replicas: list[tuple[str, nn.Parameter]] = []  # what is averaged here, not by DistributedDataParallel
 
     def determine_ddp_device_ids(self) -> None:
         return None
+
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        named = list(self.model.named_parameters())
+        size = sum(p.numel() * p.element_size() for _, p in named if p.requires_grad)
+        self._replicas = []
+        if self._overlap or (self._overlap is None and size > SMALL):
+            return super().configure_ddp()
+        with torch.no_grad():
+            for tensor in chain(self.model.parameters(), self.model.buffers()):
+                torch.distributed.broadcast(tensor, 0)
+        self._replicas = named
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        self._blocked = True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._blocked = False
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self._replicas and not self._blocked:
+            # Called by autograd when all gradients are there, before any hook of callbacks sees them
+            closure_loss.register_hook(lambda _: Variable._execution_engine.queue_callback(self._average))
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        trained = [(name, p) for name, p in self._replicas if p.requires_grad]
+        if unused := [name for name, p in trained if p.grad is None]:
+            raise RuntimeError(
+                f"gradients of all parameters were expected, and {len(unused)} got none ({', '.join(unused[:3])}): the "
+                "processes cannot average them; trainer.strategy.find_unused_parameters=true allows for it"
+            )
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for _, p in trained:
+            assert p.grad is not None
+            kinds.setdefault(p.grad.dtype, []).append(p.grad)
+        for gradients in kinds.values():
+            message = torch.cat([g.reshape(-1) for g in gradients]).div_(self.world_size)
+            torch.distributed.all_reduce(message)
+            parts = message.split([g.numel() for g in gradients])
+            torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
 
 def take_over_ddp() -> None:

@@ -165,6 +165,15 @@ def test_submitits_signal_saves_before_submitit_queues_the_job_again(tmp_path, m
         signal.signal(signal.SIGUSR2, before)
 
 
+def test_without_checkpoints_a_signal_ends_the_training_all_the_same(tmp_path, monkeypatch, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        trained(tmp_path, Losses(signal_at=2), *OPTIONS, "trainer.enable_checkpointing=false", monkeypatch=monkeypatch)
+    assert caught.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert "Stopped at step 3 (epoch 0). Nothing is saved: trainer.enable_checkpointing=false" in capfd.readouterr().out
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_a_second_ctrl_c_stops_at_once():
     callback = interrupt.SaveOnInterrupt("nowhere")
     callback._note(signal.SIGINT, None)

@@ -1,4 +1,5 @@
-"""What DDP and FSDP are asked for, what is refused, and sharded checkpoints that any other training resumes."""
+"""What DDP and FSDP are asked for, what is refused, how gradients are averaged, and sharded checkpoints that any other
+training resumes."""
 
 import json
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from omegaconf import OmegaConf
 from processes import two_processes
@@ -27,7 +29,116 @@ def test_replicas_on_gpus_are_not_told_their_device(monkeypatch):
     assert isinstance(strategy, ReplicatedStrategy)
     strategy.parallel_devices = [torch.device("cuda", 0)]
     strategy._setup_model(nn.Linear(2, 2))
-    assert told["device_ids"] is None and told["gradient_as_bucket_view"] is True
+    assert told["device_ids"] is None and told["gradient_as_bucket_view"] is True and not told["broadcast_buffers"]
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "overlaps"),
+    [
+        ({}, 8, False),
+        ({}, 3000, True),  # 36 MB
+        ({"overlap": True}, 8, True),
+        ({"overlap": False}, 3000, False),
+        ({"find_unused_parameters": True}, 8, True),
+    ],
+)
+def test_gradients_of_small_networks_are_averaged_behind_the_backward_pass(monkeypatch, options, size, overlaps):
+    class Network(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(size, size)
+
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.shape))
+    monkeypatch.setattr("lightning.pytorch.strategies.ddp.DistributedDataParallel", lambda **kw: "wrapped")
+    strategy = ReplicatedStrategy(parallel_devices=[torch.device("cpu")], **options)
+    strategy.model = Network()
+    strategy.configure_ddp()
+    assert (strategy.model == "wrapped") is overlaps and len(sent) == (0 if overlaps else 2)
+
+
+def test_what_needs_torchs_own_averaging_is_refused_without_it():
+    with pytest.raises(ValueError, match=r"trainer\.strategy\.static_graph: expected trainer\.strategy\.overlap=true"):
+        ReplicatedStrategy(overlap=False, static_graph=True)
+
+
+class Seen(Callback):
+    """The gradients as callbacks find them behind each backward pass."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_after_backward(self, trainer, pl_module):
+        self.norms.append([float(p.grad.norm()) for p in pl_module.parameters() if p.requires_grad])
+
+
+class Rows(LightningModule):
+    """A regression on rows that differ between processes; `idle`: the loss leaves a layer out."""
+
+    def __init__(self, idle):
+        super().__init__()
+        torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
+        self.layer, self.frozen, self.idle = nn.Linear(3, 1), nn.Linear(3, 1).requires_grad_(False), idle
+        self.double_layer = nn.Linear(3, 1, dtype=torch.float64)
+
+    def training_step(self, batch, batch_idx):
+        x = torch.full((2, 3), float(2 * batch_idx + self.trainer.global_rank + 1))
+        loss = (self.layer(x) + self.frozen(x)).square().mean()
+        return loss if self.idle else loss + self.double_layer(x.double()).float().square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def fitted(folder, idle=False, accumulate=1, **options):
+    def work(rank):
+        torch.manual_seed(rank)  # the first one's weights count
+        seen = Seen()
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=ReplicatedStrategy(**options),
+            callbacks=[seen],
+            max_steps=3,
+            accumulate_grad_batches=accumulate,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        network = Rows(idle)
+        trainer.fit(network, torch.utils.data.DataLoader(range(12), batch_size=1))
+        weights = {name: p.tolist() for name, p in network.named_parameters()}
+        (folder / f"{rank}.json").write_text(json.dumps([weights, seen.norms]))
+
+    outcome = two_processes(folder, work)
+    return outcome, [json.loads(path.read_text()) for path in sorted(folder.glob("?.json"))]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_both_ways_of_averaging_train_alike(tmp_path, accumulate):
+    """Weights of the first process, two dtypes, a frozen part, and what callbacks see behind the backward pass."""
+    (said, behind), (also_said, during) = (
+        fitted(tmp_path / str(overlap), accumulate=accumulate, overlap=overlap) for overlap in (False, True)
+    )
+    assert [code for code, _ in said + also_said] == [0] * 4, said + also_said
+    assert behind[0][0] == behind[1][0]  # the processes hold the same weights
+    last = slice(accumulate - 1, None, accumulate)  # where gradients were averaged
+    assert behind[0][1][last] == behind[1][1][last] and behind[0][1][0] != behind[0][1][1]
+    if accumulate == 2:
+        assert behind[0][1][0] != behind[1][1][0]  # not yet
+    for mine, torchs in zip(behind, during, strict=True):
+        assert mine[0].keys() == torchs[0].keys()
+        for name, value in mine[0].items():
+            torch.testing.assert_close(torch.tensor(value), torch.tensor(torchs[0][name]), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(torch.tensor(mine[1]), torch.tensor(torchs[1]), rtol=1e-5, atol=1e-7)
+
+
+def test_parameters_without_gradients_are_named(tmp_path):
+    outcome, _ = fitted(tmp_path, idle=True)
+    for code, said in outcome:
+        assert code == 1 and "2 got none (double_layer.weight, double_layer.bias)" in said, said
+        assert "trainer.strategy.find_unused_parameters=true" in said
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])

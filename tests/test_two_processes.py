@@ -57,7 +57,8 @@ def trained(folder, output_dir, *overrides, **spy):
     return codes, said, [json.loads((folder / f"seen_{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_no_process_waits_for_its_device_at_every_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkpoints", ["true", "false"])
+def test_no_process_waits_for_its_device_at_every_batch(tmp_path, monkeypatch, checkpoints):
     """Lightning (2.6) asks the first process about SIGTERM before each batch, and reads the answer on the host."""
     broadcast = torch.distributed.broadcast
 
@@ -66,7 +67,8 @@ def test_no_process_waits_for_its_device_at_every_batch(tmp_path, monkeypatch):
         return broadcast(*args, **options)
 
     monkeypatch.setattr(torch.distributed, "broadcast", told)
-    codes, said, _ = trained(tmp_path, tmp_path / "run", *OPTIONS)
+    options = [*OPTIONS, f"trainer.enable_checkpointing={checkpoints}"]
+    codes, said, _ = trained(tmp_path, tmp_path / "run", *options)
     assert codes == (0, 0), said
     assert "a broadcast: torch.int64 1\n" not in said[0] + said[1]
 

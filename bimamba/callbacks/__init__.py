@@ -7,7 +7,7 @@ from .examples import ExamplePredictions
 from .finders import FindBatchSize, FindLearningRate
 from .gradient_norm import GradientNorm
 from .health import NumericalHealth
-from .interrupt import SaveOnInterrupt
+from .interrupt import SaveOnInterrupt, StopOnInterrupt
 from .learning_curves import LearningCurves
 from .model_size import ModelSize, NetworkSummary
 from .progress import ProgressBar
@@ -29,5 +29,6 @@ __all__ = [
     "ProgressBar",
     "SaveOnInterrupt",
     "SavePredictions",
+    "StopOnInterrupt",
     "Throughput",
 ]

@@ -1,4 +1,4 @@
-"""Ctrl-C and the signals of a scheduler leave a checkpoint."""
+"""Ctrl-C and the signals of a scheduler end a training between two steps, and leave a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -23,32 +23,26 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C; a scheduler's end of time 
 
 
 class Stopped(SystemExit):
-    """A training that a signal ended, after its checkpoint was written. The exit code is 128 + the signal's number."""
+    """A training that a signal ended, after its checkpoint was written, if there are any. The exit code is 128 + the
+    signal's number."""
 
 
-class SaveOnInterrupt(Checkpoint):
-    """Saves `interrupted.ckpt` when Ctrl-C, SIGTERM or SIGUSR1 stops a training, and says how to go on.
+class StopOnInterrupt(Callback):
+    """Ends a training on Ctrl-C, SIGTERM or SIGUSR1; for one with `trainer.enable_checkpointing=false`.
 
     The signal is only noted; the training stops after the batch in hand (and after its accumulation of gradients, or
-    the validation that is running), so the checkpoint is that of a step, and the resumed training equals an
-    uninterrupted one. The process ends with 128 + the signal's number (130, 143, 138), so that nobody takes it for a
-    finished training. A second Ctrl-C stops at once and saves nothing.
+    the validation that is running). The process ends with 128 + the signal's number (130, 143, 138), so that nobody
+    takes it for a finished training. A second Ctrl-C stops at once.
 
-    SIGUSR2 belongs to whoever has a handler for it, as submitit has (`hydra=submitit`): the checkpoint is saved, and
-    then that handler is called, which queues the job again.
+    SIGUSR2 belongs to whoever has a handler for it, as submitit has (`hydra=submitit`): that handler is called at last,
+    which queues the job again.
 
     Several processes agree every `trainer.log_every_n_steps` batches on whether one of them was told to stop.
     Lightning's own question (2.6, about SIGTERM in the first process alone) is left out meanwhile: it comes before
     every batch, and the host waits for all that the device has still to do.
-
-    Args:
-        dirpath: folder of the checkpoint.
     """
 
-    # A Checkpoint is called after all other callbacks: what it saves holds everything that they did at this step.
-
-    def __init__(self, dirpath: str) -> None:
-        self.path = Path(dirpath) / "interrupted.ckpt"
+    def __init__(self) -> None:
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -97,33 +91,60 @@ class SaveOnInterrupt(Checkpoint):
             )
         if not told or trainer.fast_dev_run:
             return
-        trainer.save_checkpoint(self.path)
-        _say(
-            f"Stopped at step {trainer.global_step} (epoch {trainer.current_epoch}). Saved {self.path}\n"
-            f"Go on with:  python train.py ckpt_path={_quoted(self.path)}"
-        )
+        _say(f"Stopped at step {trainer.global_step} (epoch {trainer.current_epoch}). {self._save(trainer)}")
         if told == getattr(signal, REQUEUE, None) and callable(handler := self._before.get(signal.Signals(told))):
             handler(told, None)  # submitit's, in the first process: queues the job, and ends this process
         raise Stopped(128 + told)
 
+    def _save(self, trainer: Trainer) -> str:
+        """What is kept of the training, in words."""
+        return "Nothing is saved: trainer.enable_checkpointing=false"
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore(trainer)
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
-            newest = newest_checkpoint(self.path.parent)
-            where = f"The newest checkpoint is {newest}" if newest else "There is no checkpoint yet."
-            _say(f"Stopped at step {trainer.global_step} without saving. {where}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore(trainer)
-        # A resumed training that reached its end has no use for the interruption of its first part.
-        if trainer.is_global_zero and self.path.exists():
-            self.path.unlink()
 
     def _restore(self, trainer: Trainer) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
         vars(trainer.fit_loop.epoch_loop).pop(LIGHTNINGS_QUESTION, None)  # the class has its own
+
+
+class SaveOnInterrupt(StopOnInterrupt, Checkpoint):
+    """`StopOnInterrupt` that saves `interrupted.ckpt`, and says how to go on.
+
+    The checkpoint is that of a step, and the resumed training equals an uninterrupted one. A second Ctrl-C saves
+    nothing.
+
+    Args:
+        dirpath: folder of the checkpoint.
+    """
+
+    # A Checkpoint is called after all other callbacks: what it saves holds everything that they did at this step.
+
+    def __init__(self, dirpath: str) -> None:
+        super().__init__()
+        self.path = Path(dirpath) / "interrupted.ckpt"
+
+    def _save(self, trainer: Trainer) -> str:
+        trainer.save_checkpoint(self.path)
+        return f"Saved {self.path}\nGo on with:  python train.py ckpt_path={_quoted(self.path)}"
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit":
+            newest = newest_checkpoint(self.path.parent)
+            where = f"The newest checkpoint is {newest}" if newest else "There is no checkpoint yet."
+            _say(f"Stopped at step {trainer.global_step} without saving. {where}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        # A resumed training that reached its end has no use for the interruption of its first part.
+        if trainer.is_global_zero and self.path.exists():
+            self.path.unlink()
 
 
 @rank_zero_only

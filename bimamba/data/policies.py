@@ -1,14 +1,16 @@
 """TrivialAugment and random erasing of whole batches.
 
 The images of a batch are sorted by the operation that each has drawn, and every operation then runs once, on those that
-drew it: no loop over images, and no operation that is computed for nothing. Operations are drawn on the host, so nobody
-waits for the device to say how many images got which.
+drew it: no loop over images, and no operation that is computed for nothing. Whatever moves an image is sampled in one
+pass, and whatever blends it with another in one more: what a batch costs is the host's time for a hundred launches.
+Operations are drawn on the host, so nobody waits for the device to say how many images got which.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,111 +40,58 @@ def trivial_augment(images: Tensor, probability: float, fill: Tensor, operation:
     strength = torch.where(torch.rand_like(strength) < 0.5, strength, -strength)
     order = operation.argsort().to(images.device, non_blocking=True)
     counts = operation.bincount(minlength=len(OPERATIONS)).tolist()
-    done = [
-        make(part, amount, fill) if len(part) else part
-        for make, part, amount in zip(
-            OPERATIONS.values(), images[order].split(counts), strength[order].split(counts), strict=True
-        )
-    ]
     result = torch.empty_like(images)
-    result[order] = torch.cat(done)
+    result[order] = operate(images[order], strength[order], counts, fill)
     return result
 
 
-# Operations: images float (n, 3, h, w) in [0, 1], amount (n, 1, 1, 1) in [-1, 1], the colour to fill with (3).
+def operate(images: Tensor, amount: Tensor, counts: Sequence[int], fill: Tensor) -> Tensor:
+    """The first `counts[0]` images changed by the first of the `OPERATIONS`, the next ones by the second, and so on.
+
+    Args:
+        images: float `(b, 3, h, w)` in [0, 1].
+        amount: `(b, 1, 1, 1)` in [-1, 1].
+        counts: of each operation; their sum is b.
+        fill: `(3)`, the colour that a move leaves behind.
+    """
+    done, at = [], 0
+    for operations, change in ((UNMOVED, _one_by_one), (MOVES, partial(_moved, fill=fill)), (BLENDS, _blended)):
+        numbers, at = counts[at : at + len(operations)], at + len(operations)
+        n = sum(numbers)
+        if n:
+            done.append(change(images[:n], amount[:n], numbers))
+        images, amount = images[n:], amount[n:]
+    return torch.cat(done)
 
 
-def identity(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
+def _one_by_one(images: Tensor, amount: Tensor, counts: Sequence[int]) -> Tensor:
+    parts = zip(UNMOVED.values(), images.split(counts), amount.split(counts), strict=True)
+    return torch.cat([make(part, amounts) for make, part, amounts in parts if len(part)])
+
+
+def identity(images: Tensor, amount: Tensor) -> Tensor:
     """As it is."""
     return images
 
 
-def shear_x(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
-    """Rows slide along."""
-    return _moved(images, fill, [[1, SHEAR * amount, 0], [0, 1, 0]])
-
-
-def shear_y(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
-    """Columns slide along."""
-    return _moved(images, fill, [[1, 0, 0], [SHEAR * amount, 1, 0]])
-
-
-def translate_x(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
-    """Moved to a side."""
-    return _moved(images, fill, [[1, 0, 2 * SHIFT * amount], [0, 1, 0]])  # in affine_grid a side is 2 long
-
-
-def translate_y(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
-    """Moved up or down."""
-    return _moved(images, fill, [[1, 0, 0], [0, 1, 2 * SHIFT * amount]])
-
-
-def rotate(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
-    """Turned around the centre."""
-    angle = math.radians(DEGREES) * amount
-    return _moved(images, fill, [[angle.cos(), -angle.sin(), 0], [angle.sin(), angle.cos(), 0]])
-
-
-def _moved(images: Tensor, fill: Tensor, matrix: list[list[Tensor | float]]) -> Tensor:
-    theta = images.new_empty(len(images), 2, 3)
-    for i, row in enumerate(matrix):
-        for j, value in enumerate(row):
-            theta[:, i, j] = value.view(-1) if isinstance(value, Tensor) else value
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    colour = fill.to(images.dtype)[:, None, None]
-    return (F.grid_sample(images - colour, grid, align_corners=False) + colour).clamp(0, 1)
-
-
-def brightness(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
-    """Towards or away from black."""
-    return _away_from(torch.zeros_like(images), images, amount)
-
-
-def color(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
-    """Towards or away from grey."""
-    return _away_from(_grey(images), images, amount)
-
-
-def contrast(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
-    """Towards or away from the mean grey."""
-    return _away_from(_grey(images).mean((1, 2, 3), keepdim=True), images, amount)
-
-
-def sharpness(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
-    """Towards or away from the image smoothed as Pillow's SMOOTH does."""
-    kernel = images.new_ones(3, 1, 3, 3)
-    kernel[:, :, 1, 1] = 5.0
-    smooth = F.conv2d(F.pad(images, (1,) * 4, mode="replicate"), kernel / 13, groups=3)
-    return _away_from(smooth, images, amount)
-
-
-def _away_from(without: Tensor, images: Tensor, amount: Tensor) -> Tensor:
-    return (without + (1 + BLEND * amount) * (images - without)).clamp(0, 1)
-
-
-def _grey(images: Tensor) -> Tensor:
-    red, green, blue = images.split(1, dim=1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
-def posterize(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
+def posterize(images: Tensor, amount: Tensor) -> Tensor:
     """Only the 2 to 8 highest bits of each value."""
     size = 2.0 ** (amount.abs() * (8 - BITS)).round()  # of a step
     return ((images * 255).round() / size).floor() * size / 255
 
 
-def solarize(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
+def solarize(images: Tensor, amount: Tensor) -> Tensor:
     """Values above a threshold are turned around."""
     return torch.where(images >= 1 - amount.abs(), 1 - images, images)
 
 
-def autocontrast(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
+def autocontrast(images: Tensor, amount: Tensor) -> Tensor:
     """Each channel's darkest value becomes 0 and its lightest 1; a channel of one value stays."""
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     return torch.where(high > low, (images - low) / (high - low).clamp(min=1e-6), images)
 
 
-def equalize(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
+def equalize(images: Tensor, amount: Tensor) -> Tensor:
     """Each channel's 256 values spread so that all are about equally frequent, as Pillow does it."""
     values = (images * 255).round().long().flatten(2)  # n 3 hw
     counts = images.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, images.new_ones(values.shape))
@@ -153,13 +102,90 @@ def equalize(images: Tensor, amount: Tensor, fill: Tensor) -> Tensor:
     return torch.where((step > 0)[..., None], table.gather(2, values).view_as(images), images)
 
 
-OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    made.__name__: made
-    for made in (
-        *(identity, shear_x, shear_y, translate_x, translate_y, rotate, brightness, color, contrast, sharpness),
-        *(posterize, solarize, autocontrast, equalize),
-    )
+UNMOVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    made.__name__: made for made in (identity, posterize, solarize, autocontrast, equalize)
 }
+
+# Entries of the 2 x 3 matrix from coordinates in the new image, -1 to 1, to the old one's; others are the identity's
+Entries = dict[tuple[int, int], Tensor]
+
+
+def shear_x(amount: Tensor) -> Entries:
+    """Rows slide along."""
+    return {(0, 1): SHEAR * amount}
+
+
+def shear_y(amount: Tensor) -> Entries:
+    """Columns slide along."""
+    return {(1, 0): SHEAR * amount}
+
+
+def translate_x(amount: Tensor) -> Entries:
+    """Moved to a side."""
+    return {(0, 2): 2 * SHIFT * amount}
+
+
+def translate_y(amount: Tensor) -> Entries:
+    """Moved up or down."""
+    return {(1, 2): 2 * SHIFT * amount}
+
+
+def rotate(amount: Tensor) -> Entries:
+    """Turned around the centre."""
+    angle = math.radians(DEGREES) * amount
+    cos, sin = angle.cos(), angle.sin()
+    return {(0, 0): cos, (0, 1): -sin, (1, 0): sin, (1, 1): cos}
+
+
+MOVES = {made.__name__: made for made in (shear_x, shear_y, translate_x, translate_y, rotate)}
+
+
+def _moved(images: Tensor, amount: Tensor, counts: Sequence[int], fill: Tensor) -> Tensor:
+    theta = torch.eye(2, 3, device=images.device, dtype=images.dtype).repeat(len(images), 1, 1)
+    for make, matrix, amounts in zip(MOVES.values(), theta.split(counts), amount.flatten().split(counts), strict=True):
+        for (i, j), value in make(amounts).items():
+            matrix[:, i, j] = value
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    colour = fill.to(images.dtype)[:, None, None]
+    return (F.grid_sample(images - colour, grid, align_corners=False) + colour).clamp(0, 1)
+
+
+# The image that another is blended with, or taken further away from
+
+
+def brightness(images: Tensor) -> Tensor:
+    """Black."""
+    return images.new_zeros(1)
+
+
+def color(images: Tensor) -> Tensor:
+    """Its grey."""
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def contrast(images: Tensor) -> Tensor:
+    """The mean of its grey."""
+    return color(images).mean((1, 2, 3), keepdim=True)
+
+
+def sharpness(images: Tensor) -> Tensor:
+    """Smoothed as by Pillow's SMOOTH."""
+    kernel = images.new_ones(3, 1, 3, 3)
+    kernel[:, :, 1, 1] = 5.0
+    return F.conv2d(F.pad(images, (1,) * 4, mode="replicate"), kernel / 13, groups=3)
+
+
+BLENDS = {made.__name__: made for made in (brightness, color, contrast, sharpness)}
+
+
+def _blended(images: Tensor, amount: Tensor, counts: Sequence[int]) -> Tensor:
+    parts = zip(BLENDS.values(), images.split(counts), strict=True)
+    other = torch.cat([make(part).expand_as(part) for make, part in parts if len(part)])
+    return (other + (1 + BLEND * amount) * (images - other)).clamp(0, 1)
+
+
+OPERATIONS = (*UNMOVED, *MOVES, *BLENDS)
 
 
 def random_erase(images: Tensor, probability: float, fill: Tensor) -> Tensor:

@@ -29,6 +29,13 @@ def test_the_same_batches_as_from_memory(split):
         assert a["id"] == b["id"]
 
 
+def test_only_what_is_large_is_pinned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaders = {cache: module(cache).train_dataloader() for cache in (True, "device")}
+    assert {cache: loader.pin_memory for cache, loader in loaders.items()} == {True: True, "device": False}
+    assert module("device", pin_memory=True).train_dataloader().pin_memory
+
+
 def test_augmented_on_the_device_and_copied_once():
     data = module("device", augment={"crop_padding": 1})
     batch = next(iter(data.train_dataloader()))

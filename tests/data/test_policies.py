@@ -25,6 +25,10 @@ def pillow(change, batch, extra=()):
     return torch.stack(made).view(len(batch), *batch.shape[2:], 3).permute(0, 3, 1, 2) / 255
 
 
+def operate(name, batch, amount):
+    return policies.operate(batch, amount, [len(batch) * (name == one) for one in OPERATIONS], FILL)
+
+
 AMOUNT = torch.tensor([-0.903, -0.207, 0.303, 0.999]).view(-1, 1, 1, 1)
 FACTOR = (1 + policies.BLEND * AMOUNT).flatten().tolist()
 
@@ -44,7 +48,7 @@ FACTOR = (1 + policies.BLEND * AMOUNT).flatten().tolist()
 )
 def test_colours_are_pillows(name, change):
     batch = images() if name != "equalize" else images(h=40, w=40)
-    got, expected = OPERATIONS[name](batch, AMOUNT, FILL), pillow(change, batch, [FACTOR])
+    got, expected = operate(name, batch, AMOUNT), pillow(change, batch, [FACTOR])
     inner = (..., slice(1, -1), slice(1, -1))  # Pillow leaves the border unsmoothed
     assert (got - expected)[inner].abs().max() <= 2.1 / 255, (got - expected)[inner].abs().max() * 255
 
@@ -59,22 +63,22 @@ def test_colours_are_pillows(name, change):
 )
 def test_shifts_fill_with_the_colour(name, expected):
     batch, colour = images(), FILL[:, None, None]
-    got = OPERATIONS[name](batch, torch.ones(4, 1, 1, 1), FILL)
+    got = operate(name, batch, torch.ones(4, 1, 1, 1))
     torch.testing.assert_close(got, expected(batch - colour) + colour, atol=1e-5, rtol=0)
 
 
 def test_rotation_and_shears_keep_the_centre():
     batch = images(h=9, w=9)
     for name in ("rotate", "shear_x", "shear_y"):
-        got = OPERATIONS[name](batch, torch.full((4, 1, 1, 1), 2 / 3), FILL)
+        got = operate(name, batch, torch.full((4, 1, 1, 1), 2 / 3))
         torch.testing.assert_close(got[..., 4, 4], batch[..., 4, 4], atol=1e-5, rtol=0)
         assert (got - batch).abs().amax((1, 2, 3)).min() > 0.1
-    turned = OPERATIONS["rotate"](batch, torch.full((4, 1, 1, 1), 2 / 3), FILL)  # 90 degrees
+    turned = operate("rotate", batch, torch.full((4, 1, 1, 1), 2 / 3))  # 90 degrees
     torch.testing.assert_close(turned, batch.rot90(1, (2, 3)), atol=1e-4, rtol=0)
 
 
 def test_each_image_gets_the_operation_it_drew():
-    batch = images(b=3 * len(OPERATIONS), h=20, w=24)
+    batch = images(b=8 * len(OPERATIONS), h=20, w=24)
     operation = torch.arange(len(batch)) % len(OPERATIONS)
     torch.manual_seed(0)
     got = trivial_augment(batch, 1.0, FILL, operation)
@@ -82,8 +86,12 @@ def test_each_image_gets_the_operation_it_drew():
     assert not changed[operation == 0].any()
     for number, name in list(enumerate(OPERATIONS))[1:]:
         assert changed[operation == number].any(), name
-    one = list(OPERATIONS).index("equalize")
-    torch.testing.assert_close(got[operation == one], OPERATIONS["equalize"](batch[operation == one], AMOUNT[:3], FILL))
+    torch.manual_seed(0)  # the strengths
+    amount = torch.rand(len(batch), 1, 1, 1)
+    amount = torch.where(torch.rand_like(amount) < 0.5, amount, -amount)
+    for number, name in enumerate(OPERATIONS):
+        mine = operation == number
+        torch.testing.assert_close(got[mine], operate(name, batch[mine], amount[mine]), atol=1e-6, rtol=0)
     assert got.min() >= 0 and got.max() <= 1
 
 
