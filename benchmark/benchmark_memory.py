@@ -41,11 +41,10 @@ SHAPES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
+    numbers = range(1, len(SHAPES) + 1)
+    parser.add_argument("--shapes", type=int, nargs="+", choices=numbers, default=list(numbers), help="by number")
     parser.add_argument("--name", default="", help="behind the names of the result files")
     a = parser.parse_args()
-    if not 1 <= a.shapes <= len(SHAPES):
-        parser.error(f"--shapes: expected 1 to {len(SHAPES)}, got {a.shapes}")
     if not torch.cuda.is_available():
         raise SystemExit("benchmark_memory.py measures a GPU's allocator; found no CUDA device")
     runs = {
@@ -63,7 +62,9 @@ def main() -> None:
             "mamba-ssm concatenate": concatenated_peer(run),
         }
     memory, times = [], []
-    for label, shape in list(SHAPES.items())[: a.shapes]:
+    for number in a.shapes:
+        label = list(SHAPES)[number - 1]
+        shape = SHAPES[label]
         t = inputs(*shape, DTYPES["bf16"], "cuda")
         size = t["x"].numel() * t["x"].element_size()
         own = with_own_parameters(t)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from bimamba.data import preflight
 from bimamba.data.collate import Batch, collate
-from bimamba.data.images import DeviceImages, LazyImages, cores
+from bimamba.data.images import LazyImages, cores
 from bimamba.data.labels import LabelMap
 from bimamba.data.loader import TrainLoader
 from bimamba.data.records import SPLITS, Records, Source
@@ -402,9 +402,6 @@ class ClassificationDataModule(LightningDataModule):
         begin: Callable[[], int] | None = None,
     ) -> DataLoader:
         workers = self._workers(dataset)
-        pin = self.pin_memory
-        if pin is None:  # not where only numbers of rows travel: pinning walks through the names of the rows, too
-            pin = torch.cuda.is_available() and not isinstance(dataset.examples.inputs, DeviceImages)
         make: Any = DataLoader if begin is None else partial(TrainLoader, begin=begin)
         return make(
             dataset=dataset,
@@ -412,12 +409,16 @@ class ClassificationDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=pin,
+            pin_memory=self._pins() if self.pin_memory is None else self.pin_memory,
             persistent_workers=self.persistent_workers and workers > 0,
             prefetch_factor=self.prefetch_factor if workers > 0 else None,
             # Nothing in the workers draws from it (crops at decoding time are seeded by epoch and row).
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _pins(self) -> bool:
+        """Whether batches are pinned where `pin_memory` does not say it."""
+        return torch.cuda.is_available()
 
     def _workers(self, dataset: RowDataset) -> int:
         if self.num_workers != "auto":

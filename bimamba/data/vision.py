@@ -158,6 +158,10 @@ class VisionDataModule(ClassificationDataModule):
             batch["inputs"], batch["label"] = self.mix(batch["inputs"], batch["label"], classes)
         return batch
 
+    def _pins(self) -> bool:
+        # With cache=device numbers of rows travel, and pinning walks through the rows' names, too
+        return super()._pins() and self.cache != "device"
+
     def _kept(self, device: torch.device) -> torch.Tensor:
         """The images of `cache=device` on this device."""
         if device not in self._pixels:

@@ -145,6 +145,12 @@ def test_windows_cover_the_genome_once(genome):
     assert sorted(rows) == list(range(71)) and all(data.sizes.values())
 
 
+def test_batches_are_pinned_where_there_is_a_gpu(genome, monkeypatch):
+    assert not module(genome).train_dataloader().pin_memory
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert module(genome).train_dataloader().pin_memory
+
+
 def test_splits_by_record_and_by_seed(genome):
     data = module(genome, val_records=["chr1"], test_records=["chr0"])
     assert data.sizes == {"train": 40, "val": 10, "test": 21}
