@@ -77,8 +77,9 @@ def describe(row: np.ndarray, start: np.ndarray, lengths: np.ndarray, l: int) ->
     bounds = np.zeros((rows, slots + 1), np.int64)
     bounds[row, number + 1] = start + lengths
     np.maximum.accumulate(bounds, axis=1, out=bounds)
-    seq_idx = (np.arange(l) >= bounds[:, 1:, None]).sum(1)
-    seq_idx = np.minimum(seq_idx, np.bincount(row)[:, None] - 1).astype(np.int32)
+    seq_idx = np.repeat((np.bincount(row) - 1).astype(np.int32)[:, None], l, axis=1)
+    for i, at, length, k in zip(row.tolist(), start.tolist(), lengths.tolist(), number.tolist(), strict=True):
+        seq_idx[i, at : at + length] = k
     return Packing(*map(torch.from_numpy, (seq_idx, bounds, row * slots + number)))
 
 

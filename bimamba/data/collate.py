@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from bimamba.packing import Packing, describe, plan
@@ -44,7 +45,10 @@ def packing_in(batch: Batch) -> Packing | None:
 def pad_rows(
     flat: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, pad_to_multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of one flat array, padded with 0 at the end. No loop over rows.
+    """Rows of one flat array, padded with 0 at the end.
+
+    A slice a row: ten times as fast as one gather of all tokens, for which an index a token has to be written first,
+    and no threads, which a loader's worker does not have.
 
     Args:
         flat: integers `(total,)`.
@@ -56,11 +60,10 @@ def pad_rows(
     """
     longest = int(lengths.max())
     longest = -(-longest // pad_to_multiple) * pad_to_multiple
-    columns = torch.arange(longest)
-    mask = columns < lengths[:, None]  # b l
-    rows = torch.zeros(len(lengths), longest, dtype=torch.int64)
-    rows[mask] = flat[(starts[:, None] + columns)[mask]].long()
-    return rows, mask
+    rows, tokens = np.zeros((len(lengths), longest), np.int64), flat.numpy()
+    for row, start, length in zip(rows, starts.tolist(), lengths.tolist(), strict=True):
+        row[:length] = tokens[start : start + length]
+    return torch.from_numpy(rows), torch.from_numpy(np.arange(longest) < lengths.numpy()[:, None])
 
 
 def pack_rows(
@@ -80,9 +83,7 @@ def pack_rows(
     widest = int((start + counts).max())
     l = -(-widest // pad_to_multiple) * pad_to_multiple
     packing = describe(row, start, counts, l)
-    offset = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    place = torch.from_numpy(row * l + start)
-    rows = torch.zeros(int(row.max()) + 1, l, dtype=torch.int64)
-    source = torch.repeat_interleave(starts, lengths) + offset
-    rows.view(-1)[torch.repeat_interleave(place, lengths) + offset] = flat[source].long()
-    return rows, torch.arange(l) < packing.bounds[:, -1:], packing
+    rows, tokens = np.zeros((int(row.max()) + 1, l), np.int64), flat.numpy()
+    for i, at, begin, length in zip(row.tolist(), start.tolist(), starts.tolist(), counts.tolist(), strict=True):
+        rows[i, at : at + length] = tokens[begin : begin + length]
+    return torch.from_numpy(rows), torch.from_numpy(np.arange(l) < packing.bounds[:, -1:].numpy()), packing

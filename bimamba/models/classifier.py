@@ -95,7 +95,7 @@ class Backbone(nn.Module):
         for block, order in zip(self.blocks, cycle(self.scan_order)):
             x, now = self._read(x, now, order), order
             if self.checkpoint_blocks and self.training:
-                x = checkpoint(block, x, mask, seq_idx, use_reentrant=False)
+                x = checkpoint(block, x, mask, seq_idx, use_reentrant=False, preserve_rng_state=_draws(block))
             else:
                 x = block(x, mask, seq_idx)
         return self.norm(self._read(x, now, "rows"))
@@ -107,6 +107,18 @@ class Backbone(nn.Module):
         assert self.grid is not None
         shape = self.grid if now == "rows" else self.grid[::-1]
         return x.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+
+
+def _draws(block: nn.Module) -> bool:
+    """Whether a block draws random numbers, or may: a rate above zero, or a module that is not torch's or ours. To put
+    the generators back for one that does not is the host's time for nothing."""
+    for module in block.modules():
+        rates = [module.__dict__.get(name, 0) for name in ("p", "rate", "dropout")]
+        if not type(module).__module__.startswith(("torch.nn.", "bimamba.")):
+            return True
+        if any(isinstance(rate, int | float) and rate > 0 for rate in rates):
+            return True
+    return False
 
 
 class Head(nn.Module):

@@ -7,9 +7,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bimamba.models import Backbone, Classifier
 from bimamba.nn import (
+    Attention,
     AttentionPooling,
     BiMamba2,
     Block,
@@ -149,15 +152,47 @@ def test_stochastic_depth_rises_linearly():
     assert [b.drop_path.rate for b in backbone.blocks] == [0.0, 0.1, 0.2]
 
 
-def test_block_checkpointing_gives_the_same_gradients():
+class Noise(nn.Module):
+    """A mixer of a user's, which draws random numbers."""
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x, mask=None, seq_idx=None):
+        return self.proj(x) * torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "draws"),
+    [
+        ({}, False),
+        ({"mlp": "gelu"}, False),
+        ({"dropout": 0.5}, True),
+        ({"mlp": "swiglu", "drop_path": 0.5}, True),
+        ({"mixer": partial(Attention, headdim=8)}, False),
+        ({"mixer": partial(Attention, headdim=8, dropout=0.5)}, True),
+        ({"mixer": Noise}, True),
+    ],
+)
+def test_block_checkpointing_gives_the_same_gradients(options, draws, monkeypatch):
+    kept = []
+
+    def noted(*args, preserve_rng_state, **more):
+        kept.append(preserve_rng_state)
+        return checkpoint(*args, preserve_rng_state=preserve_rng_state, **more)
+
+    monkeypatch.setattr("bimamba.models.classifier.checkpoint", noted)
+
     def gradients(checkpoint_blocks):
         torch.manual_seed(0)
-        model = Classifier(DNA, 16, 2, mixer=MIXER, checkpoint_blocks=checkpoint_blocks)
+        model = Classifier(DNA, 16, 2, **{"mixer": MIXER, **options}, checkpoint_blocks=checkpoint_blocks)
         loss = model(torch.arange(1, 5).repeat(2, 3)).square().sum()
         return torch.autograd.grad(loss, list(model.parameters()))
 
     for a, b in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(a, b)
+    assert any(kept) is draws and len(kept) == 2
 
 
 def test_a_deep_model_has_finite_gradients():
@@ -173,6 +208,8 @@ def test_compiles_without_graph_breaks():
     model = Classifier(DNA, 16, 1, mixer=MIXER)
     tokens = torch.randint(1, 6, (2, 30))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens), model(tokens))
+    model.backbone.checkpoint_blocks = True
     torch.testing.assert_close(compiled(tokens), model(tokens))
 
 
