@@ -122,8 +122,11 @@ def test_several_processes_ask_for_the_time_of_a_checkpoint_every_other_batch(tm
         assert list(map(int, (tmp_path / f"saved_{rank}.txt").read_text().split())) == steps
 
 
-@pytest.mark.parametrize(("action", "strategy"), [("stop", "ddp_sim"), ("skip", "ddp_sim"), ("stop", "fsdp")])
-def test_what_is_not_finite_in_one_process_is_named_and_saved_by_both(tmp_path, capsys, action, strategy):
+@pytest.mark.parametrize(
+    ("action", "strategy", "fused"),
+    [("stop", "ddp_sim", "false"), ("skip", "ddp_sim", "false"), ("skip", "ddp_sim", "true"), ("stop", "fsdp", "true")],
+)
+def test_what_is_not_finite_in_one_process_is_named_and_saved_by_both(tmp_path, capsys, action, strategy, fused):
     def overflow(batch):
         batch["inputs"][5, 0, 3, 3] = torch.inf
 
@@ -134,6 +137,7 @@ def test_what_is_not_finite_in_one_process_is_named_and_saved_by_both(tmp_path, 
         "trainer.enable_progress_bar=false",
     ]
     options += [f"callbacks.health.action={action}", "trainer.accumulate_grad_batches=2"]
+    options += [f"+task.optimizer.fused={fused}"]
     options += ["trainer.enable_model_summary=false", *(["trainer.precision=bf16-mixed"] * (strategy == "ddp_sim"))]
     # the second of the two batches of step 1, in the second process
     codes, said, seen = trained(tmp_path, tmp_path / "run", *OPTIONS, *options, at=3, rank=1, act=overflow)

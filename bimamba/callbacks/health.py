@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,6 +19,18 @@ KEY = "nonfinite"
 ACTIONS = ("stop", "skip", "lower")
 
 
+class _Step(NamedTuple):
+    """An optimizer step that was looked at: its batches with their random states, its losses, and the answer, which is
+    there when `ready` is reached."""
+
+    number: int
+    epoch: int
+    window: list[tuple[Any, int, dict[str, Any]]]
+    losses: list[torch.Tensor]
+    finite: torch.Tensor
+    ready: torch.cuda.Event | None
+
+
 class NumericalHealth(Callback):
     """On the first NaN or infinity in loss or gradients: what made it, everything to replay it, and an end or a way on.
 
@@ -27,10 +39,11 @@ class NumericalHealth(Callback):
     random states; `python -m bimamba.replay <file>` repeats the step. Then, by `action`, the training ends, or leaves
     the step out, or leaves it out and lowers the learning rates.
 
-    Cost: one fused maximum over the gradients, and one number read from the device per checked step. Whoever wants to
-    stop before the weights change cannot do without that one read: the processor waits until the backward pass is over.
-    With `every_n_steps=k` steps between are not looked at, nor waited for; what goes wrong there is found up to k - 1
-    steps later, in weights that may have been spoilt.
+    Cost: one fused maximum over the gradients of each checked step, and its answer. A fused Adam or AdamW (the default
+    on a GPU) leaves a step out by itself, on the device, and the host reads the answer when it is one step further: it
+    does not wait, and the report comes a step late, from weights that did not change. Other optimizers have to be kept
+    from the step: the host waits until the backward pass is over. With `every_n_steps=k` steps between are not looked
+    at; what goes wrong there is found up to k - 1 steps later, in weights that may have been spoilt.
 
     With `precision=16-mixed` infinite gradients are how the loss scale is found, and left to it: the loss alone counts.
 
@@ -67,8 +80,13 @@ class NumericalHealth(Callback):
         self.max_skips, self.max_saved, self.every_n_steps = max_skips, max_saved, every_n_steps
         self._window: list[tuple[Any, int, dict[str, Any]]] = []  # the batches of this step, with their random states
         self._losses: list[torch.Tensor] = []
+        self._unsettled: _Step | None = None  # looked at by the device, its answer not yet read
+        self._optimizer: Optimizer | None = None  # which knows the answer
         self._in_a_row, self._found = 0, 0
         self._to_save: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._window, self._losses, self._unsettled = [], [], None  # of a training that was interrupted
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._due(trainer):
@@ -79,45 +97,71 @@ class NumericalHealth(Callback):
             self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._settle(trainer, pl_module)
         window, losses, self._window, self._losses = self._window, self._losses, [], []
         if not losses:
             return
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # FSDP's plugin is no MixedPrecision
-        fine = all_finite(losses + [p.grad for p in pl_module.parameters() if p.grad is not None and not scaled])
+        finite = all_finite(losses + [p.grad for p in pl_module.parameters() if p.grad is not None and not scaled])
         if trainer.world_size > 1:
-            fine = trainer.strategy.reduce_boolean_decision(fine, all=True)
-        if fine:
-            self._in_a_row = 0
+            finite = finite.int()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        step = _Step(trainer.global_step, trainer.current_epoch, window, losses, *_sent(finite.bool()))
+        if scaled or not _leaves_out(optimizer) or _is_sharded(trainer):
+            if not self._answered(trainer, pl_module, step) and not scaled:  # a loss scaler leaves it out by itself
+                for parameter in pl_module.parameters():
+                    parameter.grad = None  # optimizers pass over what has no gradient
             return
+        optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]  # torch's name: 1 leaves the step out
+        self._optimizer, self._unsettled = optimizer, step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._optimizer is not None:
+            del self._optimizer.found_inf  # type: ignore[attr-defined]  # of this step alone
+            self._optimizer = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer, pl_module)
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The answer of the step before, which the optimizer has already followed."""
+        step, self._unsettled = self._unsettled, None
+        if step is not None:
+            self._answered(trainer, pl_module, step)
+
+    def _answered(self, trainer: Trainer, pl_module: LightningModule, step: _Step) -> bool:
+        """Whether all was finite in a step; what follows where it was not."""
+        if step.ready is not None:
+            step.ready.synchronize()
+        if step.finite:
+            self._in_a_row = 0
+            return True
         self._found += 1
         self._in_a_row += 1
-        message = self._report(trainer, pl_module, window, losses)
+        message = self._report(trainer, pl_module, step)
         if self.action == "stop" or self._in_a_row > self.max_skips:
             ending = "" if self.action == "stop" else f"\nThe last {self.max_skips} steps were left out already."
             raise FloatingPointError(message + ending)
-        if not scaled:  # a loss scaler leaves the step out by itself
-            for parameter in pl_module.parameters():
-                parameter.grad = None  # optimizers pass over what has no gradient
         then = "The step is left out"
         if self.action == "lower":
             scale_rates(trainer, self.factor)
             then += f", and the learning rate multiplied by {self.factor:g}"
         rank_zero_warn(f"{message}\n{then}.")
+        return False
 
     def _due(self, trainer: Trainer) -> bool:
         return (trainer.global_step + 1) % self.every_n_steps == 0
 
-    def _report(
-        self, trainer: Trainer, pl_module: LightningModule, window: list[Any], losses: list[torch.Tensor]
-    ) -> str:
-        finding, batch, index, states = _culprit(trainer, pl_module, window, losses)
-        step = trainer.global_step
+    def _report(self, trainer: Trainer, pl_module: LightningModule, step: _Step) -> str:
+        finding, batch, index, states = _culprit(trainer, pl_module, step)
         found = str(finding) if finding else "a gradient, which was finite when the batch was run once more"
-        message = f"not finite at step {step} (epoch {trainer.current_epoch}, batch {index}): {found}."
+        message = f"not finite at step {step.number} (epoch {step.epoch}, batch {index}): {found}."
         if self._found > self.max_saved or trainer.fast_dev_run:
             return message
-        path = self.folder / f"step_{step}.ckpt"
-        self._to_save = {"batch": _on_cpu(batch), "random": states, "step": step, "found": found}
+        path = self.folder / f"step_{step.number}.ckpt"
+        self._to_save = {"batch": _on_cpu(batch), "random": states, "step": step.number, "found": found}
         try:
             trainer.save_checkpoint(path)  # of all processes together
         except OSError as error:  # a full disk does not hide what was found
@@ -128,25 +172,46 @@ class NumericalHealth(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._to_save is not None:
             checkpoint[KEY] = self._to_save
+        elif trainer.state.fn == "fit":
+            self._settle(trainer, pl_module)  # no checkpoint of a training that has to stop
 
 
-def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether no tensor holds a NaN or an infinity; reads one number from the device."""
+def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Whether no tensor holds a NaN or an infinity: bool `()`, on their device."""
     largest = torch._foreach_norm(tensors, float("inf"))  # the 2-norm of large gradients would overflow by itself
-    return bool(torch.isfinite(torch.stack([n.float() for n in largest]).sum()))
+    return torch.isfinite(torch.stack([n.float() for n in largest]).sum())
+
+
+def _sent(finite: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy for the host, and when it is there."""
+    if not finite.is_cuda:
+        return finite, None
+    copy = torch.empty((), dtype=finite.dtype, pin_memory=True).copy_(finite, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return copy, ready
+
+
+def _leaves_out(optimizer: Optimizer) -> bool:
+    """Whether an optimizer leaves the step out where its `found_inf` is 1."""
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
 
 
 def _culprit(
-    trainer: Trainer, pl_module: LightningModule, window: list[Any], losses: list[torch.Tensor]
+    trainer: Trainer, pl_module: LightningModule, step: _Step
 ) -> tuple[Finding | None, Any, int, dict[str, Any]]:
     """The first batch of this step that is not finite on its own, on the first process that has one."""
     now = random_states(pl_module.device)
-    finding, chosen = None, window[-1]
-    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    finding, chosen = None, step.window[-1]
+    sharded = _is_sharded(trainer)
     if sharded:  # a module of a sharded network does not run alone: what can be seen as it stands
-        finding, number = as_it_stands(pl_module, window, losses)
-        chosen = window[number]
-    for entry in () if sharded else window:
+        finding, number = as_it_stands(pl_module, step.window, step.losses)
+        chosen = step.window[number]
+    for entry in () if sharded else step.window:
         set_random_states(entry[2], pl_module.device)
         finding, _ = trace(pl_module, entry[0], trainer.precision_plugin.forward_context)
         if finding:

@@ -76,6 +76,74 @@ def test_it_leaves_a_step_out_and_lowers_the_rate(tmp_path):
     assert sorted(p.name for p in (tmp_path / "nonfinite").iterdir()) == ["step_1.ckpt", "step_3.ckpt"]
 
 
+class Infinite(Callback):
+    """Puts an infinity into the batches of some steps; notes the weights before each, and who waited for the answer."""
+
+    def __init__(self, at):
+        self.at, self.before, self.waits = at, [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+        if trainer.global_step in self.at:
+            batch["inputs"][5, 0, 3, 3] = torch.inf
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        health = next(c for c in trainer.callbacks if isinstance(c, NumericalHealth))
+        self.waits.append(health._unsettled is None)
+
+
+FUSED = "+task.optimizer.fused=true"  # as it is on a GPU
+
+
+def test_a_fused_optimizer_leaves_the_step_out_and_nobody_waits(tmp_path, capsys):
+    spy = Infinite([3])
+    with pytest.raises(SystemExit) as caught, train.config.clear_errors():
+        broken(tmp_path, spy, FUSED)
+    path = tmp_path / "nonfinite" / "step_3.ckpt"
+    assert "not finite at step 3 (epoch 0, batch 3): the batch's inputs are not finite (0 NaN and 1" in str(
+        caught.value
+    )
+    assert len(spy.before) == 5 and not any(spy.waits)  # found in the next step, before its update
+    saved = load(path)
+    for weights in (spy.before[4], saved["state_dict"]):
+        assert all(torch.equal(weights[name], value) for name, value in spy.before[3].items())
+    assert any(not torch.equal(spy.before[2][name], value) for name, value in spy.before[3].items())
+    assert {int(s["step"]) for s in saved["optimizer_states"][0]["state"].values()} == {3}
+    assert replaying.main([str(path), "--accelerator", "cpu"]) == 0
+    then, now = capsys.readouterr().out.split("at the time: ")[1].split("\nnow:         ")
+    assert now.strip() == then.strip()
+
+
+@pytest.mark.parametrize("action", ["skip", "lower"])
+def test_a_step_left_out_by_the_optimizer_is_one_left_out_by_the_host(tmp_path, monkeypatch, action):
+    """Bit by bit, and a lower rate holds from the next step on."""
+    options = [FUSED, f"callbacks.health.action={action}", "callbacks.health.factor=0.25", "task.scheduler=null"]
+    spies = {waits: Infinite([1, 4] if action == "skip" else [4]) for waits in (False, True)}
+    found = {}
+    for waits, spy in spies.items():
+        monkeypatch.setattr("bimamba.callbacks.health._leaves_out", lambda optimizer, w=waits: not w)
+        with pytest.warns(UserWarning, match="The step is left out"):
+            broken(tmp_path / str(waits), spy, *options)
+        assert spy.waits == [waits] * 6
+        found[waits] = load(tmp_path / str(waits) / "checkpoints" / "last.ckpt")
+        files = sorted(p.name for p in (tmp_path / str(waits) / "nonfinite").iterdir())
+        assert files == [f"step_{n}.ckpt" for n in spy.at]
+    for name, value in found[True]["state_dict"].items():
+        torch.testing.assert_close(found[False]["state_dict"][name], value, rtol=0, atol=0)
+
+
+def test_the_last_step_of_an_epoch_is_looked_at_before_it_is_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"not finite at step 5 \(epoch 0, batch 5\)"):
+        broken(tmp_path, Infinite([5]), FUSED, "trainer.max_epochs=2")
+    assert [p.name for p in tmp_path.rglob("*.ckpt")] == ["step_5.ckpt"]
+
+
+def test_a_checkpoint_in_mid_epoch_is_not_saved_before_its_step_was_looked_at(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"not finite at step 3 "):
+        broken(tmp_path, Infinite([3]), FUSED, "callbacks.model_checkpoint.every_n_train_steps=2")
+    assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
+
+
 def test_a_full_disk_hides_neither_what_was_found_nor_that_it_is_full(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -124,7 +192,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_the_module_that_made_it():
 
 
 def test_large_gradients_are_finite():
-    assert all_finite([torch.full((4,), 1e30), torch.zeros(3)])  # their 2-norm is not
+    assert bool(all_finite([torch.full((4,), 1e30), torch.zeros(3)]))  # their 2-norm is not
     assert not all_finite([torch.zeros(3), torch.tensor([0.0, torch.nan])])
     assert not all_finite([torch.tensor([torch.inf, torch.nan])])
     assert not all_finite([torch.tensor([-torch.inf])])
