@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import (
     MixedPrecision,
     StateDictType,
 )
+from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import Optimizer
 
 from bimamba.nn.block import Block
@@ -113,7 +115,7 @@ def take_over_ddp() -> None:
 
 
 class ShardedStrategy(FSDPStrategy):
-    """Lightning's `FSDPStrategy` with one shard a block, checkpoints as those of one process, and gloo on CPUs.
+    """Lightning's `FSDPStrategy` with one shard a (large) block, checkpoints as those of one process, and gloo on CPUs.
 
     What differs:
 
@@ -128,19 +130,22 @@ class ShardedStrategy(FSDPStrategy):
       There whole weights are copied before.
 
     Args:
-        options: those of Lightning's strategy. `state_dict_type` is `full`: checkpoints are as those of one process.
+        min_unit: parameters of a block that is gathered by itself. To gather one costs the host the same whatever its
+            size, so smaller ones come with the rest of the network, all at once.
+        options: those of Lightning's strategy; `auto_wrap_policy` goes before `min_unit`. `state_dict_type` is `full`:
+            checkpoints are as those of one process.
 
     Raises:
         ValueError: another `state_dict_type`; (in setup) a compiled network, or one that was sharded before.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, min_unit: int = 1_000_000, **options: Any) -> None:
         if options.setdefault("state_dict_type", "full") != "full":
             raise ValueError(
                 "trainer.strategy.state_dict_type: expected full, since evaluations read checkpoints as one file, got "
                 f"{options['state_dict_type']!r}"
             )
-        options.setdefault("auto_wrap_policy", {Block})
+        options.setdefault("auto_wrap_policy", CustomPolicy(partial(_is_unit, min_unit)))
         super().__init__(**options)
 
     @property
@@ -229,6 +234,10 @@ class ShardedStrategy(FSDPStrategy):
             FullOptimStateDictConfig(**options),
         ):
             yield
+
+
+def _is_unit(least: int, module: nn.Module) -> bool:
+    return isinstance(module, Block) and sum(p.numel() for p in module.parameters()) >= least
 
 
 def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@ training resumes."""
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from runs import DIGITS, load, run, train
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision
 
-from bimamba.nn import BiMamba2
+from bimamba.nn import BiMamba2, Block
 from bimamba.strategies import ReplicatedStrategy, ShardedStrategy
 
 
@@ -162,6 +163,18 @@ def test_other_precisions_are_lightnings_or_the_users():
     assert true.param_dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("options", "units"), [({}, [2]), ({"min_unit": 0}, [0, 1, 2]), ({"min_unit": 10**9}, [])])
+def test_large_blocks_are_gathered_by_themselves(options, units):
+    sizes = (8, 16, 512)  # 1.2 million parameters in the last block
+    net = nn.Sequential(*(Block(d, partial(BiMamba2, headdim=8, d_state=8)) for d in sizes), nn.Linear(1024, 1024))
+    policy = ShardedStrategy(**options).kwargs["auto_wrap_policy"]
+    assert list(policy._run_policy(net, set(), {})) == [net[i] for i in units]
+
+
+def test_what_is_wrapped_is_the_users_to_say():
+    assert ShardedStrategy(auto_wrap_policy={nn.Linear}).kwargs["auto_wrap_policy"]._module_classes == {nn.Linear}
+
+
 def test_a_compiled_network_is_refused():
     net = nn.Sequential(BiMamba2(16, headdim=8, d_state=8))
     net.compile(backend="eager")
@@ -181,14 +194,15 @@ def two(folder, output_dir, trainer, *more):
     return json.loads((output_dir / "metrics.json").read_text())
 
 
-def test_one_process_ddp_and_fsdp_go_on_from_each_other(tmp_path):
+@pytest.mark.parametrize("unit", [0, 1000000])
+def test_one_process_ddp_and_fsdp_go_on_from_each_other(tmp_path, unit):
     """Two groups of parameters: an optimizer's state that is numbered otherwise goes to other parameters."""
     run(tmp_path / "one", *OPTIONS, "trainer.max_epochs=1")
     shutil.copytree(tmp_path / "one", tmp_path / "sharded")
     last = "checkpoints/last.ckpt"
     alone = run(tmp_path / "one", *OPTIONS, f"ckpt_path={tmp_path / 'one' / last}", "trainer.max_epochs=3")
     goes_on = f"ckpt_path={tmp_path / 'sharded' / last}"
-    two(tmp_path, tmp_path / "sharded", "fsdp", goes_on, "trainer.max_epochs=2")
+    two(tmp_path, tmp_path / "sharded", "fsdp", goes_on, "trainer.max_epochs=2", f"trainer.strategy.min_unit={unit}")
     metrics = two(tmp_path, tmp_path / "sharded", "ddp_sim", goes_on, "trainer.max_epochs=3")
     assert metrics["train/loss"] == pytest.approx(alone["train/loss"], rel=1e-5)
     states = [load(tmp_path / name / last)["optimizer_states"][0] for name in ("one", "sharded")]
