@@ -26,6 +26,10 @@ from torch.optim import Optimizer
 
 from bimamba.nn.block import Block
 
+ONLY_TORCHS = (
+    *("find_unused_parameters", "static_graph", "broadcast_buffers", "ddp_comm_hook", "process_group"),
+    *("mixed_precision", "delay_all_reduce_named_params"),
+)
 SMALL = 32 * 2**20  # bytes of gradients: 0.2 ms between GPUs with NVLink, a few over PCIe
 
 
@@ -40,22 +44,26 @@ class ReplicatedStrategy(DDPStrategy):
       its own, so that each parameter's gradient waits for the stream of the backward pass.
 
     Args:
-        overlap: average gradients while the backward pass goes on. None: where they are larger than `SMALL`, or with an
-            option that only that has (`find_unused_parameters`, `static_graph`, `ddp_comm_hook`).
+        overlap: average gradients while the backward pass goes on, by `DistributedDataParallel`. None: where they are
+            larger than `SMALL`, or with an option that it alone has (`ONLY_TORCHS`).
         options: Lightning's, and those of `DistributedDataParallel`.
 
     Raises:
-        ValueError: `overlap=False` and such an option.
-        RuntimeError: (in training, without overlap) a parameter was not used, so that nobody can average its gradient.
+        ValueError: `overlap` is neither true, false nor None, or false with such an option.
+        RuntimeError: (in training, without overlap) gradients that cannot be averaged: of parameters that were not
+            used, sparse ones, or those of a backward pass that does not begin at the loss.
     """
 
     def __init__(self, *args: Any, overlap: bool | None = None, **options: Any) -> None:
-        asked = [o for o in ("find_unused_parameters", "static_graph", "ddp_comm_hook") if options.get(o)]
+        if overlap is not None and not isinstance(overlap, bool):
+            raise ValueError(f"trainer.strategy.overlap: expected true, false or null, got {overlap!r}")
+        asked = [name for name in ONLY_TORCHS if options.get(name)]
         if overlap is False and asked:
             raise ValueError(f"trainer.strategy.{asked[0]}: expected trainer.strategy.overlap=true or null with it")
         super().__init__(*args, **options)
         self._overlap = True if asked else overlap
         self._blocked = False  # while gradients of several batches are added up
+        self._due = False  # a backward pass has begun behind which gradients are to be averaged
         self._replicas: list[tuple[str, nn.Parameter]] = []  # what is averaged here, not by DistributedDataParallel
 
     def determine_ddp_device_ids(self) -> None:
@@ -87,14 +95,30 @@ class ReplicatedStrategy(DDPStrategy):
         if self._replicas and not self._blocked:
             # Called by autograd when all gradients are there, before any hook of callbacks sees them
             closure_loss.register_hook(lambda _: Variable._execution_engine.queue_callback(self._average))
+            self._due = True
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        due, self._due = self._due, False
+        if due:
+            raise RuntimeError(
+                "the backward pass was expected to begin at the loss that training_step returned, and did not: its "
+                "gradients cannot be averaged behind it; trainer.strategy.overlap=true allows for it"
+            )
 
     @torch.no_grad()
     def _average(self) -> None:
+        self._due = False
         trained = [(name, p) for name, p in self._replicas if p.requires_grad]
         if unused := [name for name, p in trained if p.grad is None]:
             raise RuntimeError(
                 f"gradients of all parameters were expected, and {len(unused)} got none ({', '.join(unused[:3])}): the "
                 "processes cannot average them; trainer.strategy.find_unused_parameters=true allows for it"
+            )
+        if sparse := [name for name, p in trained if p.grad is not None and p.grad.is_sparse]:
+            raise RuntimeError(
+                f"dense gradients were expected, and that of {sparse[0]} is sparse; "
+                "trainer.strategy.overlap=true allows for it"
             )
         kinds: dict[torch.dtype, list[Tensor]] = {}
         for _, p in trained:

@@ -41,6 +41,8 @@ def test_replicas_on_gpus_are_not_told_their_device(monkeypatch):
         ({"overlap": True}, 8, True),
         ({"overlap": False}, 3000, False),
         ({"find_unused_parameters": True}, 8, True),
+        ({"broadcast_buffers": True}, 8, True),
+        ({"broadcast_buffers": False, "gradient_as_bucket_view": True}, 8, False),
     ],
 )
 def test_gradients_of_small_networks_are_averaged_behind_the_backward_pass(monkeypatch, options, size, overlaps):
@@ -61,6 +63,9 @@ def test_gradients_of_small_networks_are_averaged_behind_the_backward_pass(monke
 def test_what_needs_torchs_own_averaging_is_refused_without_it():
     with pytest.raises(ValueError, match=r"trainer\.strategy\.static_graph: expected trainer\.strategy\.overlap=true"):
         ReplicatedStrategy(overlap=False, static_graph=True)
+    for wrong in ("maybe", 0):
+        with pytest.raises(ValueError, match=r"trainer\.strategy\.overlap: expected true, false or null, got"):
+            ReplicatedStrategy(overlap=wrong)
 
 
 class Seen(Callback):
@@ -70,28 +75,35 @@ class Seen(Callback):
         self.norms = []
 
     def on_after_backward(self, trainer, pl_module):
-        self.norms.append([float(p.grad.norm()) for p in pl_module.parameters() if p.requires_grad])
+        self.norms.append([float(p.grad.norm()) for p in pl_module.parameters() if p.grad is not None])
 
 
 class Rows(LightningModule):
-    """A regression on rows that differ between processes; `idle`: the loss leaves a layer out."""
+    """A regression on rows that differ between processes. `fault`: `idle` leaves a layer out of the loss, `sparse`
+    makes a gradient sparse, `aside` goes back from another tensor than the loss that it returns."""
 
-    def __init__(self, idle):
+    def __init__(self, fault):
         super().__init__()
-        torch.manual_seed(torch.distributed.get_rank() if torch.distributed.is_initialized() else 0)
-        self.layer, self.frozen, self.idle = nn.Linear(3, 1), nn.Linear(3, 1).requires_grad_(False), idle
+        self.layer, self.frozen, self.fault = nn.Linear(3, 1), nn.Linear(3, 1).requires_grad_(False), fault
         self.double_layer = nn.Linear(3, 1, dtype=torch.float64)
+        self.table = nn.Embedding(4, 1, sparse=fault == "sparse")
 
     def training_step(self, batch, batch_idx):
         x = torch.full((2, 3), float(2 * batch_idx + self.trainer.global_rank + 1))
-        loss = (self.layer(x) + self.frozen(x)).square().mean()
-        return loss if self.idle else loss + self.double_layer(x.double()).float().square().mean()
+        loss = (self.layer(x) + self.frozen(x)).square().mean() + self.table(batch % 4).mean()
+        if self.fault != "idle":
+            loss = loss + self.double_layer(x.double()).float().square().mean()
+        self.loss = loss
+        return loss.detach().requires_grad_() if self.fault == "aside" else loss
+
+    def backward(self, loss):
+        (self.loss if self.fault == "aside" else loss).backward()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def fitted(folder, idle=False, accumulate=1, **options):
+def fitted(folder, fault=None, accumulate=1, **options):
     def work(rank):
         torch.manual_seed(rank)  # the first one's weights count
         seen = Seen()
@@ -107,7 +119,7 @@ def fitted(folder, idle=False, accumulate=1, **options):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        network = Rows(idle)
+        network = Rows(fault)
         trainer.fit(network, torch.utils.data.DataLoader(range(12), batch_size=1))
         weights = {name: p.tolist() for name, p in network.named_parameters()}
         (folder / f"{rank}.json").write_text(json.dumps([weights, seen.norms]))
@@ -135,11 +147,21 @@ def test_both_ways_of_averaging_train_alike(tmp_path, accumulate):
         torch.testing.assert_close(torch.tensor(mine[1]), torch.tensor(torchs[1]), rtol=1e-5, atol=1e-7)
 
 
-def test_parameters_without_gradients_are_named(tmp_path):
-    outcome, _ = fitted(tmp_path, idle=True)
+@pytest.mark.parametrize(
+    ("fault", "message", "way_out"),
+    [
+        ("idle", "2 got none (double_layer.weight, double_layer.bias)", "find_unused_parameters=true"),
+        ("sparse", "that of table.weight is sparse", "overlap=true"),
+        ("aside", "expected to begin at the loss that training_step returned, and did not", "overlap=true"),
+    ],
+)
+def test_what_cannot_be_averaged_is_said_with_a_way_out(tmp_path, fault, message, way_out):
+    outcome, _ = fitted(tmp_path, fault)
     for code, said in outcome:
-        assert code == 1 and "2 got none (double_layer.weight, double_layer.bias)" in said, said
-        assert "trainer.strategy.find_unused_parameters=true" in said
+        assert code == 1 and message in said and f"trainer.strategy.{way_out} allows for it" in said, said
+    key, _, value = way_out.partition("=")
+    outcome, ends = fitted(tmp_path, fault, **{key: value == "true"})
+    assert [code for code, _ in outcome] == [0, 0] and ends[0][0] == ends[1][0], outcome
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])

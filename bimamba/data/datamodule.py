@@ -409,14 +409,14 @@ class ClassificationDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=_as_it_is,
-            pin_memory=self._pins() if self.pin_memory is None else self.pin_memory,
+            pin_memory=self._pins(dataset) if self.pin_memory is None else self.pin_memory,
             persistent_workers=self.persistent_workers and workers > 0,
             prefetch_factor=self.prefetch_factor if workers > 0 else None,
             # Nothing in the workers draws from it (crops at decoding time are seeded by epoch and row).
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def _pins(self) -> bool:
+    def _pins(self, dataset: RowDataset) -> bool:
         """Whether batches are pinned where `pin_memory` does not say it."""
         return torch.cuda.is_available()
 

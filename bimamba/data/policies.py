@@ -33,6 +33,8 @@ def trivial_augment(images: Tensor, probability: float, fill: Tensor, operation:
     Returns:
         float `(b, 3, h, w)` in [0, 1].
     """
+    if not len(images):
+        return images
     if operation is None:
         operation = torch.randint(len(OPERATIONS), (len(images),))
         operation[torch.rand(len(images)) >= probability] = 0

@@ -10,7 +10,7 @@ import torch
 
 from bimamba.data.augment import ImageAugmentation, normalise
 from bimamba.data.collate import Batch
-from bimamba.data.datamodule import ClassificationDataModule
+from bimamba.data.datamodule import ClassificationDataModule, RowDataset
 from bimamba.data.images import (
     RESIZE,
     CachedImages,
@@ -158,9 +158,9 @@ class VisionDataModule(ClassificationDataModule):
             batch["inputs"], batch["label"] = self.mix(batch["inputs"], batch["label"], classes)
         return batch
 
-    def _pins(self) -> bool:
-        # With cache=device numbers of rows travel, and pinning walks through the rows' names, too
-        return super()._pins() and self.cache != "device"
+    def _pins(self, dataset: RowDataset) -> bool:
+        # Of images on the device numbers of rows travel, and pinning walks through the rows' names, too
+        return super()._pins(dataset) and not isinstance(dataset.examples.inputs, DeviceImages)
 
     def _kept(self, device: torch.device) -> torch.Tensor:
         """The images of `cache=device` on this device."""

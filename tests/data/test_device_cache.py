@@ -29,11 +29,15 @@ def test_the_same_batches_as_from_memory(split):
         assert a["id"] == b["id"]
 
 
-def test_only_what_is_large_is_pinned(monkeypatch):
+def test_only_what_is_large_is_pinned(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     loaders = {cache: module(cache).train_dataloader() for cache in (True, "device")}
     assert {cache: loader.pin_memory for cache, loader in loaders.items()} == {True: True, "device": False}
     assert module("device", pin_memory=True).train_dataloader().pin_memory
+    write_images(tmp_path, {"x": 5})
+    predicted = VisionDataModule(Digits(), cache="device", predict=str(tmp_path))
+    predicted.setup("predict")
+    assert predicted.predict_dataloader().pin_memory  # they are read once, and travel themselves
 
 
 def test_augmented_on_the_device_and_copied_once():

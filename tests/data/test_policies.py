@@ -96,6 +96,7 @@ def test_each_image_gets_the_operation_it_drew():
 
 
 def test_probability():
+    assert trivial_augment(images(b=0), 1.0, FILL).shape == (0, 3, 14, 10)
     batch = images(b=600)
     assert torch.equal(trivial_augment(batch, 0.0, FILL), batch)
     changed = ((trivial_augment(batch, 0.5, FILL) - batch).abs().amax((1, 2, 3)) > 1e-6).float().mean()
