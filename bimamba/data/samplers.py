@@ -98,8 +98,8 @@ class EvalBatches(DistributedSampler):
 
     Lightning's own sampler pads with duplicates, which falsifies metrics; leaving out the padding gives processes
     different numbers of batches, and what they do together in a batch (FSDP gathers weights, `DistributedDataParallel`
-    may broadcast buffers) would then wait for ever. Here processes differ by one row at most, and spread their rows over
-    an equal number of batches.
+    may broadcast buffers) would then wait for ever. Here processes differ by one row at most, and spread their rows
+    over an equal number of batches.
 
     Args:
         num_rows: size of the set.
