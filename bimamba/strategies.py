@@ -28,7 +28,8 @@ from bimamba.nn.block import Block
 
 ONLY_TORCHS = (
     *("find_unused_parameters", "static_graph", "broadcast_buffers", "ddp_comm_hook", "process_group"),
-    *("mixed_precision", "delay_all_reduce_named_params"),
+    *("mixed_precision", "delay_all_reduce_named_params", "param_to_hook_all_reduce", "device_mesh"),
+    *("skip_all_reduce_unused_params", "forward_sync_buffers"),
 )
 SMALL = 32 * 2**20  # bytes of gradients: 0.2 ms between GPUs with NVLink, a few over PCIe
 
@@ -92,10 +93,10 @@ class ReplicatedStrategy(DDPStrategy):
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         super().pre_backward(closure_loss)
-        if self._replicas and not self._blocked:
+        self._due = bool(self._replicas) and not self._blocked
+        if self._due:
             # Called by autograd when all gradients are there, before any hook of callbacks sees them
             closure_loss.register_hook(lambda _: Variable._execution_engine.queue_callback(self._average))
-            self._due = True
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
@@ -160,15 +161,18 @@ class ShardedStrategy(FSDPStrategy):
             checkpoints are as those of one process.
 
     Raises:
-        ValueError: another `state_dict_type`; (in setup) a compiled network, or one that was sharded before.
+        ValueError: another `state_dict_type`, a `min_unit` that is no number; (in setup) a compiled network, or one
+            that was sharded before.
     """
 
-    def __init__(self, *, min_unit: int = 1_000_000, **options: Any) -> None:
+    def __init__(self, *, min_unit: float = 1_000_000, **options: Any) -> None:
         if options.setdefault("state_dict_type", "full") != "full":
             raise ValueError(
                 "trainer.strategy.state_dict_type: expected full, since evaluations read checkpoints as one file, got "
                 f"{options['state_dict_type']!r}"
             )
+        if not isinstance(min_unit, int | float) or min_unit < 0:
+            raise ValueError(f"trainer.strategy.min_unit: expected a number of parameters, 0 or more, got {min_unit!r}")
         options.setdefault("auto_wrap_policy", CustomPolicy(partial(_is_unit, min_unit)))
         super().__init__(**options)
 
@@ -260,7 +264,7 @@ class ShardedStrategy(FSDPStrategy):
             yield
 
 
-def _is_unit(least: int, module: nn.Module) -> bool:
+def _is_unit(least: float, module: nn.Module) -> bool:
     return isinstance(module, Block) and sum(p.numel() for p in module.parameters()) >= least
 
 

@@ -193,6 +193,12 @@ def test_large_blocks_are_gathered_by_themselves(options, units):
     assert list(policy._run_policy(net, set(), {})) == [net[i] for i in units]
 
 
+@pytest.mark.parametrize("wrong", [None, -1, "many"])
+def test_a_wrong_size_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"trainer\.strategy\.min_unit: expected a number of parameters, .*got"):
+        ShardedStrategy(min_unit=wrong)
+
+
 def test_what_is_wrapped_is_the_users_to_say():
     assert ShardedStrategy(auto_wrap_policy={nn.Linear}).kwargs["auto_wrap_policy"]._module_classes == {nn.Linear}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from bimamba.callbacks.checkpoints import validation_follows
 from bimamba.callbacks.exact_resume import random_states, set_random_states
 from bimamba.callbacks.finders import scale_rates
 from bimamba.nonfinite import Finding, as_it_stands, trace
@@ -30,6 +32,12 @@ class _Step(NamedTuple):
     finite: torch.Tensor
     ready: torch.cuda.Event | None
 
+    def arrived(self) -> bool:
+        """The answer, which is waited for."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return bool(self.finite)
+
 
 class NumericalHealth(Callback):
     """On the first NaN or infinity in loss or gradients: what made it, everything to replay it, and an end or a way on.
@@ -41,9 +49,11 @@ class NumericalHealth(Callback):
 
     Cost: one fused maximum over the gradients of each checked step, and its answer. A fused Adam or AdamW (the default
     on a GPU) leaves a step out by itself, on the device, and the host reads the answer when it is one step further: it
-    does not wait, and the report comes a step late, from weights that did not change. Other optimizers have to be kept
-    from the step: the host waits until the backward pass is over. With `every_n_steps=k` steps between are not looked
-    at; what goes wrong there is found up to k - 1 steps later, in weights that may have been spoilt.
+    does not wait, and the report comes a step late, from weights that did not change. The step's batches stay on the
+    device until then, and in the file the counters of steps, batches and schedule are those of the next one. Other
+    optimizers have to be kept from the step: the host waits until the backward pass is over. With `every_n_steps=k`
+    steps between are not looked at; what goes wrong there is found up to k - 1 steps later, in weights that may have
+    been spoilt.
 
     With `precision=16-mixed` infinite gradients are how the loss scale is found, and left to it: the loss alone counts.
 
@@ -85,7 +95,7 @@ class NumericalHealth(Callback):
         self._in_a_row, self._found = 0, 0
         self._to_save: dict[str, Any] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._window, self._losses, self._unsettled = [], [], None  # of a training that was interrupted
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -121,9 +131,17 @@ class NumericalHealth(Callback):
         if self._optimizer is not None:
             del self._optimizer.found_inf  # type: ignore[attr-defined]  # of this step alone
             self._optimizer = None
+        if validation_follows(trainer):  # in whose mode nobody could say what a step of the training did
+            self._settle(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._settle(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        step, self._unsettled = self._unsettled, None
+        with suppress(RuntimeError):  # of a device that does not answer any more
+            if step is not None and not step.arrived():
+                rank_zero_warn(f"not finite at step {step.number} (epoch {step.epoch}), the last one. It is left out.")
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The answer of the step before, which the optimizer has already followed."""
@@ -133,9 +151,7 @@ class NumericalHealth(Callback):
 
     def _answered(self, trainer: Trainer, pl_module: LightningModule, step: _Step) -> bool:
         """Whether all was finite in a step; what follows where it was not."""
-        if step.ready is not None:
-            step.ready.synchronize()
-        if step.finite:
+        if step.arrived():
             self._in_a_row = 0
             return True
         self._found += 1
@@ -194,7 +210,9 @@ def _sent(finite: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
 
 def _leaves_out(optimizer: Optimizer) -> bool:
     """Whether an optimizer leaves the step out where its `found_inf` is 1."""
-    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+    # Not by its defaults: a state that was loaded brings its own groups
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and fused
 
 
 def _is_sharded(trainer: Trainer) -> bool:

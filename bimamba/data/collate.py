@@ -47,8 +47,8 @@ def pad_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of one flat array, padded with 0 at the end.
 
-    A slice a row: ten times as fast as one gather of all tokens, for which an index a token has to be written first,
-    and no threads, which a loader's worker does not have.
+    A slice a row: for rows of hundreds of tokens ten times as fast as one gather of all of them, for which an index a
+    token has to be written first (of 30 tokens as fast), and no threads, which a loader's worker does not have.
 
     Args:
         flat: integers `(total,)`.
@@ -57,7 +57,11 @@ def pad_rows(
 
     Returns:
         int64 `(b, l)` and the mask, bool `(b, l)`, True = real.
+
+    Raises:
+        IndexError: a row ends beyond the array.
     """
+    _expect_within(flat, starts, lengths)
     longest = int(lengths.max())
     longest = -(-longest // pad_to_multiple) * pad_to_multiple
     rows, tokens = np.zeros((len(lengths), longest), np.int64), flat.numpy()
@@ -78,6 +82,7 @@ def pack_rows(
     Returns:
         int64 `(rows, l)`, the mask, bool `(rows, l)`, and where each piece lies.
     """
+    _expect_within(flat, starts, lengths)
     counts = lengths.numpy()
     row, start = plan(counts, pack_length)
     widest = int((start + counts).max())
@@ -87,3 +92,10 @@ def pack_rows(
     for i, at, begin, length in zip(row.tolist(), start.tolist(), starts.tolist(), counts.tolist(), strict=True):
         rows[i, at : at + length] = tokens[begin : begin + length]
     return torch.from_numpy(rows), torch.from_numpy(np.arange(l) < packing.bounds[:, -1:].numpy()), packing
+
+
+def _expect_within(flat: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor) -> None:
+    """A slice beyond the end would be shorter, and of one token NumPy would fill a row with it."""
+    end = int((starts + lengths).max())
+    if end > len(flat):
+        raise IndexError(f"expected rows within {len(flat)} tokens, got one that ends at {end}")

@@ -80,7 +80,7 @@ class Infinite(Callback):
     """Puts an infinity into the batches of some steps; notes the weights before each, and who waited for the answer."""
 
     def __init__(self, at):
-        self.at, self.before, self.waits = at, [], []
+        self.at, self.before, self.waits, self.validated, self.interrupt_at = at, [], [], [], None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.before.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
@@ -90,6 +90,11 @@ class Infinite(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         health = next(c for c in trainer.callbacks if isinstance(c, NumericalHealth))
         self.waits.append(health._unsettled is None)
+        if trainer.global_step == self.interrupt_at:
+            raise RuntimeError("something else")
+
+    def on_validation_start(self, trainer, pl_module):
+        self.validated += [] if trainer.sanity_checking else [trainer.global_step]
 
 
 FUSED = "+task.optimizer.fused=true"  # as it is on a GPU
@@ -124,7 +129,7 @@ def test_a_step_left_out_by_the_optimizer_is_one_left_out_by_the_host(tmp_path, 
         monkeypatch.setattr("bimamba.callbacks.health._leaves_out", lambda optimizer, w=waits: not w)
         with pytest.warns(UserWarning, match="The step is left out"):
             broken(tmp_path / str(waits), spy, *options)
-        assert spy.waits == [waits] * 6
+        assert spy.waits == [*[waits] * 5, True]  # a validation follows the last
         found[waits] = load(tmp_path / str(waits) / "checkpoints" / "last.ckpt")
         files = sorted(p.name for p in (tmp_path / str(waits) / "nonfinite").iterdir())
         assert files == [f"step_{n}.ckpt" for n in spy.at]
@@ -136,6 +141,34 @@ def test_the_last_step_of_an_epoch_is_looked_at_before_it_is_saved(tmp_path):
     with pytest.raises(FloatingPointError, match=r"not finite at step 5 \(epoch 0, batch 5\)"):
         broken(tmp_path, Infinite([5]), FUSED, "trainer.max_epochs=2")
     assert [p.name for p in tmp_path.rglob("*.ckpt")] == ["step_5.ckpt"]
+
+
+def test_a_step_is_looked_at_before_a_validation(tmp_path):
+    spy = Infinite([2])
+    with pytest.raises(FloatingPointError, match=r"not finite at step 2 .*the batch's inputs are not finite"):
+        broken(tmp_path, spy, FUSED, "trainer.val_check_interval=3")
+    assert not spy.validated and len(spy.before) == 3
+
+
+def test_a_step_that_nothing_follows_is_mentioned_all_the_same(tmp_path):
+    spy = Infinite([2])
+    spy.interrupt_at = 3
+    with (
+        pytest.warns(UserWarning, match=r"not finite at step 2 \(epoch 0\), the last one\. It is left out"),
+        pytest.raises(RuntimeError, match="something else"),
+    ):
+        broken(tmp_path, spy, FUSED)
+
+
+def test_a_state_without_a_fused_form_is_resumed_by_a_fused_optimizer(tmp_path, monkeypatch):
+    """Trained on a CPU, resumed on a GPU, where the default is fused: the state brings its own form."""
+    broken(tmp_path, Infinite([]))
+    monkeypatch.setattr("bimamba.tasks.base.Task._fused", lambda self: {"fused": True})
+    spy = Infinite([8])
+    options = [f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", "trainer.max_epochs=2"]
+    with pytest.warns(UserWarning, match="(?s)not finite at step 8 .*The step is left out"):
+        broken(tmp_path, spy, *options, "callbacks.health.action=skip")
+    assert spy.waits == [True] * 6
 
 
 def test_a_checkpoint_in_mid_epoch_is_not_saved_before_its_step_was_looked_at(tmp_path):

@@ -1,12 +1,14 @@
 """Bytes to tokens, padding, and the other strand."""
 
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
 from bimamba.data.augment import RandomSubstitution, ReverseComplement
-from bimamba.data.collate import pad_rows
+from bimamba.data.collate import pack_rows, pad_rows
 from bimamba.data.sequences import ByteRows, check_alphabet, reverse_complement, tokenise
 from bimamba.strands import complement_tokens
 
@@ -151,3 +153,11 @@ def test_complement_needs_dna():
         ReverseComplement("ACDEX", 0.5)
     with pytest.raises(ValueError, match=r"probability in \[0, 1\], got 2"):
         ReverseComplement("ACGTN", 2)
+
+
+def test_rows_beyond_the_array_are_refused():
+    """A slice would be shorter without a word, and one of a single token would fill its row."""
+    flat, starts, lengths = torch.arange(10, dtype=torch.uint8), torch.tensor([9, 0]), torch.tensor([4, 2])
+    for make in (pad_rows, partial(pack_rows, pack_length=8)):
+        with pytest.raises(IndexError, match="expected rows within 10 tokens, got one that ends at 13"):
+            make(flat, starts, lengths)
