@@ -222,15 +222,15 @@ def two(folder, output_dir, trainer, *more):
     return json.loads((output_dir / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("unit", [0, 1000000])
-def test_one_process_ddp_and_fsdp_go_on_from_each_other(tmp_path, unit):
-    """Two groups of parameters: an optimizer's state that is numbered otherwise goes to other parameters."""
+def test_one_process_ddp_and_fsdp_go_on_from_each_other(tmp_path):
+    """Two groups of parameters: an optimizer's state that is numbered otherwise goes to other parameters. Every block
+    is gathered by itself; all of a small network at once in `test_two_processes.py`."""
     run(tmp_path / "one", *OPTIONS, "trainer.max_epochs=1")
     shutil.copytree(tmp_path / "one", tmp_path / "sharded")
     last = "checkpoints/last.ckpt"
     alone = run(tmp_path / "one", *OPTIONS, f"ckpt_path={tmp_path / 'one' / last}", "trainer.max_epochs=3")
     goes_on = f"ckpt_path={tmp_path / 'sharded' / last}"
-    two(tmp_path, tmp_path / "sharded", "fsdp", goes_on, "trainer.max_epochs=2", f"trainer.strategy.min_unit={unit}")
+    two(tmp_path, tmp_path / "sharded", "fsdp", goes_on, "trainer.max_epochs=2", "trainer.strategy.min_unit=0")
     metrics = two(tmp_path, tmp_path / "sharded", "ddp_sim", goes_on, "trainer.max_epochs=3")
     assert metrics["train/loss"] == pytest.approx(alone["train/loss"], rel=1e-5)
     states = [load(tmp_path / name / last)["optimizer_states"][0] for name in ("one", "sharded")]

@@ -167,14 +167,10 @@ def alone(tmp_path_factory):
     return folder, run(folder, *COMMON)
 
 
-@pytest.mark.parametrize(
-    "trainer",
-    [["trainer=ddp_sim"], ["trainer=fsdp"], ["trainer=fsdp", "trainer.strategy.min_unit=0"]],
-    ids=["ddp_sim", "fsdp", "fsdp, every block"],
-)
+@pytest.mark.parametrize("trainer", ["ddp_sim", "fsdp"])
 def test_two_processes_learn_and_measure_what_one_does(alone, tmp_path, trainer):
     folder, one = alone
-    two = [*trainer, "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=128"]
+    two = [f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=128"]
     two += ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
     outcome = two_processes(tmp_path, lambda rank: run(tmp_path / "two", *COMMON, *two))
     assert [code for code, _ in outcome] == [0, 0], outcome
