@@ -62,9 +62,7 @@ def main() -> None:
             "mamba-ssm concatenate": concatenated_peer(run),
         }
     memory, times = [], []
-    for number in a.shapes:
-        label = list(SHAPES)[number - 1]
-        shape = SHAPES[label]
+    for label, shape in (list(SHAPES.items())[number - 1] for number in a.shapes):
         t = inputs(*shape, DTYPES["bf16"], "cuda")
         size = t["x"].numel() * t["x"].element_size()
         own = with_own_parameters(t)

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.autograd import Variable
@@ -110,21 +116,21 @@ class ReplicatedStrategy(DDPStrategy):
     @torch.no_grad()
     def _average(self) -> None:
         self._due = False
-        trained = [(name, p) for name, p in self._replicas if p.requires_grad]
-        if unused := [name for name, p in trained if p.grad is None]:
+        found = {name: p.grad for name, p in self._replicas if p.requires_grad}
+        if unused := [name for name, gradient in found.items() if gradient is None]:
             raise RuntimeError(
                 f"gradients of all parameters were expected, and {len(unused)} got none ({', '.join(unused[:3])}): the "
                 "processes cannot average them; trainer.strategy.find_unused_parameters=true allows for it"
             )
-        if sparse := [name for name, p in trained if p.grad is not None and p.grad.is_sparse]:
-            raise RuntimeError(
-                f"dense gradients were expected, and that of {sparse[0]} is sparse; "
-                "trainer.strategy.overlap=true allows for it"
-            )
         kinds: dict[torch.dtype, list[Tensor]] = {}
-        for _, p in trained:
-            assert p.grad is not None
-            kinds.setdefault(p.grad.dtype, []).append(p.grad)
+        for name, gradient in found.items():
+            assert gradient is not None
+            if gradient.is_sparse:
+                raise RuntimeError(
+                    f"dense gradients were expected, and that of {name} is sparse; "
+                    "trainer.strategy.overlap=true allows for it"
+                )
+            kinds.setdefault(gradient.dtype, []).append(gradient)
         for gradients in kinds.values():
             message = torch.cat([g.reshape(-1) for g in gradients]).div_(self.world_size)
             torch.distributed.all_reduce(message)
@@ -262,6 +268,11 @@ class ShardedStrategy(FSDPStrategy):
             FullOptimStateDictConfig(**options),
         ):
             yield
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether a process holds a part of the parameters alone."""
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
 
 
 def _is_unit(least: float, module: nn.Module) -> bool:

@@ -38,6 +38,8 @@ TINY = [
     "trainer.enable_model_summary=false",
     "extras.print_config=false",
 ]
+# A Lightning Trainer of a test's own that writes and shows nothing.
+QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 # Digits: 8 x 8 pixels as 4 patches.
 DIGITS = [*TINY, "model/embedding=patches", "model.embedding.patch_size=4", "data.batch_size=256"]
 

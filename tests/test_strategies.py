@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from omegaconf import OmegaConf
 from processes import two_processes
-from runs import DIGITS, load, run, train
+from runs import DIGITS, QUIET, load, run, train
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision
 
@@ -114,10 +114,7 @@ def fitted(folder, fault=None, accumulate=1, **options):
             callbacks=[seen],
             max_steps=3,
             accumulate_grad_batches=accumulate,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
         network = Rows(fault)
         trainer.fit(network, torch.utils.data.DataLoader(range(12), batch_size=1))

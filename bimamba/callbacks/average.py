@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from bimamba.strategies import is_sharded
 
 
 class AverageWeights(WeightAveraging):
@@ -46,7 +47,7 @@ class AverageWeights(WeightAveraging):
         return step_idx is not None and (step_idx + 1) % self.every_n_steps == 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        if is_sharded(trainer.strategy):
             raise ValueError("callbacks.average: weights that are sharded cannot be averaged; use trainer=ddp")
         if stage == "fit":
             assert self.decay is not None

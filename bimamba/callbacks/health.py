@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -16,6 +15,7 @@ from bimamba.callbacks.checkpoints import validation_follows
 from bimamba.callbacks.exact_resume import random_states, set_random_states
 from bimamba.callbacks.finders import scale_rates
 from bimamba.nonfinite import Finding, as_it_stands, trace
+from bimamba.strategies import is_sharded
 
 KEY = "nonfinite"
 ACTIONS = ("stop", "skip", "lower")
@@ -117,7 +117,7 @@ class NumericalHealth(Callback):
             finite = finite.int()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         step = _Step(trainer.global_step, trainer.current_epoch, window, losses, *_sent(finite.bool()))
-        if scaled or not _leaves_out(optimizer) or _is_sharded(trainer):
+        if scaled or not _leaves_out(optimizer) or is_sharded(trainer.strategy):
             if not self._answered(trainer, pl_module, step) and not scaled:  # a loss scaler leaves it out by itself
                 for parameter in pl_module.parameters():
                     parameter.grad = None  # optimizers pass over what has no gradient
@@ -215,17 +215,13 @@ def _leaves_out(optimizer: Optimizer) -> bool:
     return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and fused
 
 
-def _is_sharded(trainer: Trainer) -> bool:
-    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-
-
 def _culprit(
     trainer: Trainer, pl_module: LightningModule, step: _Step
 ) -> tuple[Finding | None, Any, int, dict[str, Any]]:
     """The first batch of this step that is not finite on its own, on the first process that has one."""
     now = random_states(pl_module.device)
     finding, chosen = None, step.window[-1]
-    sharded = _is_sharded(trainer)
+    sharded = is_sharded(trainer.strategy)
     if sharded:  # a module of a sharded network does not run alone: what can be seen as it stands
         finding, number = as_it_stands(pl_module, step.window, step.losses)
         chosen = step.window[number]

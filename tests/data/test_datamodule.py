@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import dna, image_table, png, sequence_rows, stops, write_fasta, write_images, write_table
+from runs import QUIET
 
 from bimamba.data import SequenceDataModule, VisionDataModule
 from bimamba.data.sources import (
@@ -387,8 +388,7 @@ class Probe(lightning.LightningModule):
 
 
 def trainer(**options):
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    return lightning.Trainer(accelerator="cpu", **{"max_epochs": 1, "num_sanity_val_steps": 0, **quiet, **options})
+    return lightning.Trainer(accelerator="cpu", **{"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET, **options})
 
 
 @pytest.mark.filterwarnings("ignore")

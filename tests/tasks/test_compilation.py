@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from runs import QUIET
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bimamba.data.collate import pack_rows
@@ -88,10 +89,7 @@ def fit(tmp_path, backend="inductor", **options):
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         default_root_dir=tmp_path,
     )
     trainer.fit(task, torch.utils.data.DataLoader(rows, batch_size=None), weights_only=True)

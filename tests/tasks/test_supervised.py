@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import sklearn.metrics as sk
 import torch
+from runs import QUIET
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -61,14 +62,8 @@ def task(spec=SPEC, **options):
 
 
 def trainer(tmp_path, **options):
-    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "logger": False, "enable_checkpointing": False} | options
-    return pl.Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0, **QUIET, **options}
+    return pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, **options)
 
 
 def specs(problem):
@@ -156,8 +151,8 @@ def test_a_fused_optimizer_may_clip_where_nothing_is_scaled():
         pl.seed_everything(0)
         one = task(optimizer=partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1, **options))
         before = one.net.head.weight.detach().clone()
-        quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        trainer = pl.Trainer(max_epochs=2, precision="bf16-mixed", gradient_clip_val=0.1, **quiet)
+        mixed = dict(precision="bf16-mixed", gradient_clip_val=0.1)
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=2, **mixed, **QUIET)
         trainer.fit(one, datamodule=Data(SPEC))
         assert trainer.optimizers[0].param_groups[0]["fused"] is options.get("fused")
         moved.append(one.net.head.weight.detach() - before)
