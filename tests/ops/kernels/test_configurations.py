@@ -38,6 +38,16 @@ def test_passing_and_descriptors(run, form, walk, tma):
     check(run, {**form, "walk": walk, "tma": tma, "passing_block": 64}, l=37)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=["whole", "halves", "filled"])
+@pytest.mark.parametrize("walk, causal", [(False, False), (True, False), (True, True)])
+def test_packed_over_several_chunks(run, form, walk, causal):
+    """Sequences of one row, less than a chunk, and several chunks; some begin where a chunk does."""
+    arguments = problem(b=1, l=101, h=2, g=1, p=8, n=8, dtype=torch.float32, D="h", seq=True, causal=causal)
+    with forced(**form, walk=walk, passing_block=64):
+        got = results(run, arguments)
+    assert_close(got, oracle(arguments), 1e-5)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_heads_in_parts(run, heads, tied):

@@ -239,3 +239,26 @@ def sequence_ids(p_seq, o_l, L, ROWS: tl.constexpr):
 @triton.jit
 def sequence_id(p_seq, o_l, L):
     return tl.load(p_seq + tl.minimum(o_l, L - 1))
+
+
+@triton.jit
+def mixed_rows(p_seq, o_l, L, ROWS: tl.constexpr):
+    """Whether rows `o_l ..` are of several sequences: ids never fall. Most are not, and need no mask."""
+    return sequence_id(p_seq, o_l, L) != sequence_id(p_seq, o_l + ROWS - 1, L)
+
+
+@triton.jit
+def of_sequence(w, p_seq, o_l, o_edge, L, mixed, ROWS: tl.constexpr):
+    """`w (ROWS)` of rows `o_l ..`, zero where they are not of the sequence of row `o_edge`; as it is unless `mixed`."""
+    if mixed:
+        w = tl.where(sequence_ids(p_seq, o_l, L, ROWS) == sequence_id(p_seq, o_edge, L), w, 0.0)
+    return w
+
+
+@triton.jit
+def within_sequences(m, p_seq, o_l, L, mixed, ROWS: tl.constexpr):
+    """`m (ROWS, ROWS)`, zero where the two rows are of different sequences; as it is unless `mixed`."""
+    if mixed:
+        ids = sequence_ids(p_seq, o_l, L, ROWS)
+        m = tl.where(ids[:, None] == ids[None, :], m, 0.0)
+    return m

@@ -27,11 +27,13 @@ from .common import (
     load_rows,
     load_state,
     load_tile,
+    mixed_rows,
+    of_sequence,
     reading,
     rightward,
     sequence_id,
-    sequence_ids,
     store_tile,
+    within_sequences,
 )
 from .descriptors import line_tiles, tiles
 from .reduce import reduce_parts
@@ -103,13 +105,11 @@ def grad_bc_kernel(
     j = r[:, None]
     if HAS_SEQ:
         p_seq = seq + i_b.to(tl.int64) * L
-        ids = sequence_ids(p_seq, o_l, L, Q)
-        id_left = sequence_id(p_seq, o_l, L)
-        id_right = sequence_id(p_seq, o_l + Q - 1, L)
+        mixed = mixed_rows(p_seq, i_c * K, L, K)
+        m_own = sequence_id(p_seq, o_l, L) == sequence_id(p_seq, o_l + Q - 1, L)
         if HALVES == 2:
-            id_near = sequence_id(p_seq, o_l + (1 - i_half) * (Q - 1), L)
-            m_far = sequence_ids(p_seq, o_far, L, Q) == id_near
-            m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == id_near
+            o_near = o_l + (1 - i_half) * (Q - 1)  # this half's row next to the other one
+            m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == sequence_id(p_seq, o_near, L)
     o_C = (o_l - 1 if FORWARD else o_l + 1) if SHIFT else o_l
     if HALVES == 2:
         B_far = load_tile(B, i_b, o_far, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
@@ -137,11 +137,11 @@ def grad_bc_kernel(
         from_right = tl.exp2(total - b)
         cross = tl.exp2(total)
         if HAS_SEQ:
-            to_right = tl.where(ids == id_right, to_right, 0.0)
-            to_left = tl.where(ids == id_left, to_left, 0.0)
-            from_left = tl.where(ids == id_left, from_left, 0.0)
-            from_right = tl.where(ids == id_right, from_right, 0.0)
-            cross = tl.where(id_left == id_right, cross, 0.0)
+            to_right = of_sequence(to_right, p_seq, o_l, o_l + Q - 1, L, mixed, Q)
+            to_left = of_sequence(to_left, p_seq, o_l, o_l, L, mixed, Q)
+            from_left = of_sequence(from_left, p_seq, o_l, o_l, L, mixed, Q)
+            from_right = of_sequence(from_right, p_seq, o_l, o_l + Q - 1, L, mixed, Q)
+            cross = tl.where(m_own, cross, 0.0)
         if HALVES == 2:
             # First half: S_right and gF come in over the second half. Second half: S_left and gB over the first
             s_far, e_far, delta_far = load_rows(rows, i_line, o_far, PADDED, Q, False)
@@ -150,8 +150,8 @@ def grad_bc_kernel(
             w_dy = tl.exp2(tl.where(i_half == 0, s_far, total_far - e_far))
             cross_far = tl.exp2(total_far)
             if HAS_SEQ:
-                w_x = tl.where(m_far, w_x, 0.0)
-                w_dy = tl.where(m_far, w_dy, 0.0)
+                w_x = of_sequence(w_x, p_seq, o_far, o_near, L, mixed, Q)
+                w_dy = of_sequence(w_dy, p_seq, o_far, o_near, L, mixed, Q)
                 cross_far = tl.where(m_cross, cross_far, 0.0)
             cross_x = cross_far
             cross_dy = cross_far
@@ -190,7 +190,7 @@ def grad_bc_kernel(
         else:
             w = leftward(i, j, b[None, :], e[:, None], SHIFT)
         if HAS_SEQ:
-            w = tl.where(ids[None, :] == ids[:, None], w, 0.0)
+            w = within_sequences(w, p_seq, o_l, L, mixed, Q)
         dM += xdy * (w * delta[:, None])
 
         read_1 = tl.zeros((Q,), tl.float32)

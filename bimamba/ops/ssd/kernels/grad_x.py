@@ -29,13 +29,15 @@ from .common import (
     load_rows,
     load_state,
     load_tile,
+    mixed_rows,
+    of_sequence,
     reading,
     rightward,
     sequence_id,
-    sequence_ids,
     store_tile,
     sum_both,
     sum_three,
+    within_sequences,
 )
 from .descriptors import line_tiles, tiles
 
@@ -106,13 +108,10 @@ def grad_x_kernel(
     j = r[:, None]
     if HAS_SEQ:
         p_seq = seq + i_b.to(tl.int64) * L
-        ids = sequence_ids(p_seq, o_l, L, Q)
-        m_left = ids == sequence_id(p_seq, o_l, L)
-        m_right = ids == sequence_id(p_seq, o_l + Q - 1, L)
+        mixed = mixed_rows(p_seq, i_c * K, L, K)
         if HALVES == 2:
-            id_near = sequence_id(p_seq, o_l + (1 - i_half) * (Q - 1), L)
-            m_far = sequence_ids(p_seq, o_far, L, Q) == id_near
-            m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == id_near
+            o_near = o_l + (1 - i_half) * (Q - 1)  # this half's row next to the other one
+            m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == sequence_id(p_seq, o_near, L)
     if HOIST:
         B_0 = load_tile(B, i_b, o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
         C_0 = load_tile(C, i_b, (o_l - 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
@@ -155,8 +154,8 @@ def grad_x_kernel(
         w_right = tl.exp2(total - s)  # to the right edge, where gF comes in
         w_left = tl.exp2(e_back)
         if HAS_SEQ:
-            w_right = tl.where(m_right, w_right, 0.0)
-            w_left = tl.where(m_left, w_left, 0.0)
+            w_right = of_sequence(w_right, p_seq, o_l, o_l + Q - 1, L, mixed, Q)
+            w_left = of_sequence(w_left, p_seq, o_l, o_l, L, mixed, Q)
         if HALVES == 2:
             # The gradient that comes in over the other half is moved over it first: gF for the first half, gB for the
             # second
@@ -166,7 +165,7 @@ def grad_x_kernel(
             w_far = tl.exp2(tl.where(i_half == 0, s_far, total_far - e_far))
             cross = tl.exp2(total_far)
             if HAS_SEQ:
-                w_far = tl.where(m_far, w_far, 0.0)
+                w_far = of_sequence(w_far, p_seq, o_far, o_near, L, mixed, Q)
                 cross = tl.where(m_cross, cross, 0.0)
             if not BIDIRECTIONAL:
                 w_far = tl.where(i_half == 0, w_far, 0.0)
@@ -203,8 +202,8 @@ def grad_x_kernel(
             m = cb * rightward(i, j, f[None, :], s[:, None], SHIFT)
             m_back = cb_back * leftward(i, j, b[None, :], e_back[:, None], SHIFT)
             if HAS_SEQ:
-                m = tl.where(ids[None, :] == ids[:, None], m, 0.0)
-                m_back = tl.where(ids[None, :] == ids[:, None], m_back, 0.0)
+                m = within_sequences(m, p_seq, o_l, L, mixed, Q)
+                m_back = within_sequences(m_back, p_seq, o_l, L, mixed, Q)
             m_all = (m * delta[:, None] + m_back * delta_back[:, None]) if UNTIED else (m + m_back)
         else:
             if BIDIRECTIONAL:
@@ -212,7 +211,7 @@ def grad_x_kernel(
             else:
                 m = cb * rightward(i, j, f[None, :], s[:, None], SHIFT)
             if HAS_SEQ:
-                m = tl.where(ids[None, :] == ids[:, None], m, 0.0)
+                m = within_sequences(m, p_seq, o_l, L, mixed, Q)
             m_all = m
 
         # x dy^T, and each pair's weight at its reader (sum over sources) and at its source (sum over readers). All of

@@ -26,12 +26,14 @@ from .common import (
     load_rows,
     load_state,
     load_tile,
+    mixed_rows,
+    of_sequence,
     reading,
     rightward,
     sequence_id,
-    sequence_ids,
     store_state,
     store_tile,
+    within_sequences,
 )
 from .descriptors import line_tiles, tiles
 
@@ -111,13 +113,10 @@ def output_kernel(
     j = r[None, :]
     if HAS_SEQ:
         p_seq = seq + i_b.to(tl.int64) * L
-        ids = sequence_ids(p_seq, o_l, L, Q)
-        m_left = ids == sequence_id(p_seq, o_l, L)
-        m_right = ids == sequence_id(p_seq, o_l + Q - 1, L)
+        mixed = mixed_rows(p_seq, i_c * K, L, K)
         if HALVES == 2:
-            id_near = sequence_id(p_seq, o_l + (1 - i_half) * (Q - 1), L)
-            m_far = sequence_ids(p_seq, o_far, L, Q) == id_near
-            m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == id_near
+            o_near = o_l + (1 - i_half) * (Q - 1)  # this half's row next to the other one
+            m_cross = sequence_id(p_seq, o_far + (1 - i_half) * (Q - 1), L) == sequence_id(p_seq, o_near, L)
     if HOIST:
         B_0 = load_tile(B, i_b, o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
         C_0 = load_tile(C, i_b, (o_l - 1) if SHIFT else o_l, i_g, L, G, 0, N, Q, BLOCK_N, TMA)
@@ -183,8 +182,8 @@ def output_kernel(
         w_left = tl.exp2(f)
         w_right = tl.exp2(total_back - b)
         if HAS_SEQ:
-            w_left = tl.where(m_left, w_left, 0.0)
-            w_right = tl.where(m_right, w_right, 0.0)
+            w_left = of_sequence(w_left, p_seq, o_l, o_l, L, mixed, Q)
+            w_right = of_sequence(w_right, p_seq, o_l, o_l + Q - 1, L, mixed, Q)
         b_x = load_tile(x, i_b, o_l, i_h, L, H, o_p, P, Q, BLOCK_P, TMA)
         if HALVES == 2:
             # The first half moves the right state leftward over the second, the second the left one rightward over
@@ -192,7 +191,7 @@ def output_kernel(
             w_far = tl.exp2(tl.where(i_half == 0, e_far, total_far - s_far)) * delta_far
             cross = tl.exp2(total_far)
             if HAS_SEQ:
-                w_far = tl.where(m_far, w_far, 0.0)
+                w_far = of_sequence(w_far, p_seq, o_far, o_near, L, mixed, Q)
                 cross = tl.where(m_cross, cross, 0.0)
             if not BIDIRECTIONAL:
                 w_far = tl.where(i_half == 0, 0.0, w_far)
@@ -270,7 +269,7 @@ def output_kernel(
         else:
             pairs = pairs * rightward(i, j, f[:, None], s[None, :], SHIFT) * delta[None, :]
         if HAS_SEQ:
-            pairs = tl.where(ids[:, None] == ids[None, :], pairs, 0.0)
+            pairs = within_sequences(pairs, p_seq, o_l, L, mixed, Q)
         acc = tl.dot(pairs.to(b_x.dtype), b_x, acc, input_precision=PRECISION)
 
         skip = (twice * delta)[:, None] if TIED else 0.0

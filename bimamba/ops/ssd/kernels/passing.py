@@ -12,7 +12,7 @@ from torch import Tensor
 from bimamba.ops.launch import Launch, once_a_form
 
 from .choose import Config, Problem
-from .common import ROW_LINES, sequence_id
+from .common import ROW_LINES
 
 
 @triton.jit(do_not_specialize=["L", "CHUNKS"])
@@ -64,6 +64,7 @@ def passing_kernel(
     p_state = states + i_state * (P2 * N2) + o_s
     if HAS_SEQ:
         p_seq = seq + i_b * L
+        id_last = tl.zeros((1,), tl.int32)
     o_pn = (i_b * H + i_h) * (P * N) + (o_s // N2) * N + o_s % N2
     m_pn = (o_s // N2 < P) & (o_s % N2 < N)
     carry = tl.zeros((BLOCK,), tl.float32)
@@ -82,14 +83,13 @@ def passing_kernel(
             total += tl.load(p_row + i_c * K + Q - 1 + tl.arange(0, 1))
         cross = tl.exp2(total)
         if HAS_SEQ:
-            id_left = sequence_id(p_seq, i_c * K, L)
-            id_right = sequence_id(p_seq, i_c * K + K - 1, L)
+            # A state crosses a chunk of one sequence alone, and enters none that begins with another
+            id_left = tl.load(p_seq + tl.minimum(i_c * K, L - 1) + tl.arange(0, 1))
+            id_right = tl.load(p_seq + tl.minimum(i_c * K + K - 1, L - 1) + tl.arange(0, 1))
             cross = tl.where(id_left == id_right, cross, 0.0)
-            o_before = tl.where(back == 1, i_c * K + K, i_c * K - 1)
-            m_before = (o_before >= 0) & (o_before < L)
-            id_before = tl.load(p_seq + o_before, mask=m_before, other=0)
             id_enter = tl.where(back == 1, id_right, id_left)
-            carry = tl.where(m_before & (id_before != id_enter), 0.0, carry)
+            carry = tl.where((i > 0) & (id_last != id_enter), 0.0, carry)
+            id_last = tl.where(back == 1, id_left, id_right)
         tl.store(p_c, carry.to(states.dtype.element_ty))
         carry = carry * cross + own_state
     if HAS_LEAVE:

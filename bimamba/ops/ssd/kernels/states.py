@@ -121,6 +121,9 @@ def states_kernel(
     p_row = rows + ((i_b.to(tl.int64) * H + i_h) * SETS + (own if UNTIED else 0)) * ROW_LINES * CHUNKS * K
     if HAS_SEQ:
         p_seq = seq + i_b.to(tl.int64) * L
+        ahead_ids = sequence_ids(p_seq, first * K, L, K)
+        ahead_enter = sequence_id(p_seq, first * K + back * (K - 1), L)
+        ahead_leave = sequence_id(p_seq, first * K + (1 - back) * (K - 1), L)
     if GRAD:
         # A reader's weight takes s or e, and only one of them
         p_weight = p_row + ((1 - own) if SHIFT else own) * CHUNKS * K
@@ -157,16 +160,16 @@ def states_kernel(
         # The next chunk's small loads go out now: they feed no product, so the pipeliner leaves them where they stand
         v = ahead
         i_next = i_c + 1 - 2 * back
+        o_ahead = tl.minimum(tl.maximum(i_next, 0), CHUNKS - 1) * K  # after the last step: not used
         if GRAD:
             total = ahead_total
             if HALVES == 2:  # rows count from the middle again
                 v = tl.where(o_k < Q, v, v + ahead_first)
                 total += ahead_first
-            o_next = tl.minimum(tl.maximum(i_next, 0), CHUNKS - 1) * K  # after the last step: not used
-            ahead = tl.load(p_weight + o_next + o_k)
+            ahead = tl.load(p_weight + o_ahead + o_k)
             if HALVES == 2:
-                ahead_first = tl.load(p_row + o_next + Q - 1)
-            ahead_total = tl.load(p_row + o_next + K - 1)
+                ahead_first = tl.load(p_row + o_ahead + Q - 1)
+            ahead_total = tl.load(p_row + o_ahead + K - 1)
             w = tl.exp2(tl.where(own == 0, v, total - v))
         else:
             o_next = i_next * K + o_k
@@ -192,22 +195,21 @@ def states_kernel(
         cross = tl.exp2(total)
         if HAS_SEQ:
             # Only rows of the sequence at the edge that the state leaves by reach that edge
-            ids = sequence_ids(p_seq, o_l, L, K)
-            id_left = sequence_id(p_seq, o_l, L)
-            id_right = sequence_id(p_seq, o_l + K - 1, L)
-            id_leave = tl.where(back == 1, id_left, id_right)
+            ids = ahead_ids
+            id_enter = ahead_enter
+            id_leave = ahead_leave
+            ahead_ids = sequence_ids(p_seq, o_ahead, L, K)
+            ahead_enter = sequence_id(p_seq, o_ahead + back * (K - 1), L)
+            ahead_leave = sequence_id(p_seq, o_ahead + (1 - back) * (K - 1), L)
             w = tl.where(ids == id_leave, w, 0.0)
             if WALK:
-                cross = tl.where(id_left == id_right, cross, 0.0)
-                o_before = tl.where(back == 1, o_l + K, o_l - 1)
-                m_before = (o_before >= 0) & (o_before < L)
-                id_enter = tl.where(back == 1, id_right, id_left)
-                id_before = tl.load(p_seq + o_before, mask=m_before, other=0)
-                acc = tl.where(m_before & (id_before != id_enter), 0.0, acc)
+                cross = tl.where(id_enter == id_leave, cross, 0.0)
         if WALK:
             store_state(states, acc, i_state, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
         acc = acc * cross
         acc = tl.dot(tl.trans(b_x), (b_B * w[:, None]).to(b_B.dtype), acc, input_precision=PRECISION)
+        if WALK and HAS_SEQ:  # the next chunk begins with another sequence; behind the last one nothing does
+            acc = tl.where((i + 1 < steps) & (ahead_enter != id_leave), 0.0, acc)
         if not WALK:
             store_state(states, acc, i_state, o_p, o_n, P2, N2, BLOCK_P, BLOCK_N, TMA)
     if WALK and HAS_LEAVE:
