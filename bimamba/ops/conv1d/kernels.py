@@ -37,6 +37,32 @@ def _tap(x, r, k, o_c, m_c, ids, p_mask, p_seq, L, STRIDE: tl.constexpr, HAS_MAS
 
 
 @triton.jit
+def _taps(
+    acc,
+    x,
+    weight,
+    r,
+    o_c,
+    m_c,
+    ids,
+    p_mask,
+    p_seq,
+    L,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEFT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
+):
+    """`acc` and what all taps see of rows `r`."""
+    for k in tl.static_range(WIDTH):
+        w = tl.load(weight + k * D + o_c, mask=m_c, other=0.0).to(tl.float32)
+        acc += _tap(x, r, k - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ) * w[None, :]
+    return acc
+
+
+@triton.jit
 def _part(
     i_d,
     t_0,
@@ -137,9 +163,18 @@ def conv_kernel(
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    for k in tl.static_range(WIDTH):
-        w = tl.load(weight + k * D + o_c, mask=m_c, other=0.0).to(tl.float32)
-        acc += _tap(p_x, r, k - LEFT, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, HAS_MASK, HAS_SEQ) * w[None, :]
+    if HAS_SEQ:
+        # Most blocks read rows of one sequence alone, and need not compare
+        o_read = tl.arange(0, 2 * ROWS)
+        m_read = (o_l + o_read >= LEFT) & (o_l + o_read < LEFT + L) & (o_read < ROWS + WIDTH - 1)
+        differ = m_read & (tl.load(p_seq + o_l - LEFT + o_read, mask=m_read, other=0) != tl.load(p_seq + o_l))
+        several = tl.max(differ.to(tl.int32), 0) != 0
+    else:
+        several: tl.constexpr = False
+    if several:
+        acc = _taps(acc, p_x, weight, r, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, D, WIDTH, LEFT, HAS_MASK, True)
+    else:
+        acc = _taps(acc, p_x, weight, r, o_c, m_c, ids, p_mask, p_seq, L, STRIDE, D, WIDTH, LEFT, HAS_MASK, False)
     if ACTIVATE:
         acc = acc / (1.0 + tl.exp(-acc))
     o = (i_b * L + r)[:, None] * width + o_out[None, :]
@@ -152,6 +187,75 @@ def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     for _ in tl.static_range(COUNT):
         out = out + (tl.zeros((ROWS, COLUMNS), tl.float32),)
     return out
+
+
+@triton.jit
+def _grad_rows(
+    i,
+    start,
+    end,
+    next_x,
+    next_dy,
+    ids,
+    xs,
+    dvs,
+    dw,
+    db,
+    w,
+    b_bias,
+    p_dx,
+    p_mask,
+    m_c,
+    STRIDE_DX: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEFT: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
+    SIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """A step of the gradient's walks: rows `i ..` of x and those of dy that they complete. Returns the last rows of x
+    and dv, and the sums over the rows so far."""
+    BEHIND: tl.constexpr = WIDTH - 1
+    for u in tl.static_range(UNROLL):
+        r = i + u - (BEHIND - LEFT)
+        j = r - LEFT
+        xs = xs + (next_x[u].to(tl.float32),)
+        taps = xs
+        if HAS_SEQ:
+            taps = ()
+            for k in tl.static_range(WIDTH):
+                taps = taps + (tl.where((ids[u + BEHIND - LEFT + k] == ids[u + BEHIND])[:, None], xs[k], 0.0),)
+        dv = next_dy[u].to(tl.float32)
+        if ACTIVATE:
+            v = tl.zeros((SIDE, COLUMNS), tl.float32) + b_bias[None, :]
+            for k in tl.static_range(WIDTH):
+                v += taps[k] * w[k]
+            sigmoid = 1.0 / (1.0 + tl.exp(-v))
+            dv *= sigmoid * (1.0 + v * (1.0 - sigmoid))
+        own = tl.where(((r >= start) & (r < end))[:, None], dv, 0.0)
+        sums_now = ()
+        for k in tl.static_range(WIDTH):
+            sums_now = sums_now + (dw[k] + own * taps[k],)
+        dw = sums_now
+        db += own
+        dvs = dvs + (dv,)
+        acc = tl.zeros((SIDE, COLUMNS), tl.float32)
+        for k in tl.static_range(WIDTH):
+            part = dvs[BEHIND - k] * w[k]
+            if HAS_SEQ:
+                part = tl.where((ids[u + BEHIND - k] == ids[u + BEHIND - LEFT])[:, None], part, 0.0)
+            acc += part
+        m = (j >= start) & (j < end)
+        if HAS_MASK:
+            acc = tl.where((tl.load(p_mask + j, mask=m, other=0) != 0)[:, None], acc, 0.0)
+        o = j.to(tl.int64)[:, None] * STRIDE_DX
+        tl.store(p_dx + o, acc.to(p_dx.dtype.element_ty), mask=m[:, None] & m_c[None, :])
+        xs = xs[1:]
+        dvs = dvs[1:]
+    return xs, dvs, dw, db
 
 
 @triton.jit(do_not_specialize=["L", "WALKS", "CHUNKS", "LENGTH"])
@@ -244,46 +348,72 @@ def conv_grad_kernel(
             next_dy = next_dy + (
                 tl.load(p_dy + r.to(tl.int64)[:, None] * width, mask=m[:, None] & m_c[None, :], other=0.0),
             )
-        for u in tl.static_range(UNROLL):
-            r = start - BEHIND + step * UNROLL + u - (BEHIND - LEFT)
-            j = r - LEFT
-            if HAS_SEQ:
-                ids = ids + (next_ids[u],)
-            xs = xs + (next_x[u].to(tl.float32),)
-            taps = xs
-            if HAS_SEQ:
-                taps = ()
-                for k in tl.static_range(WIDTH):
-                    taps = taps + (tl.where((ids[BEHIND - LEFT + k] == ids[BEHIND])[:, None], xs[k], 0.0),)
-            dv = next_dy[u].to(tl.float32)
-            if ACTIVATE:
-                v = tl.zeros((SIDE, COLUMNS), tl.float32) + b_bias[None, :]
-                for k in tl.static_range(WIDTH):
-                    v += taps[k] * w[k]
-                sigmoid = 1.0 / (1.0 + tl.exp(-v))
-                dv *= sigmoid * (1.0 + v * (1.0 - sigmoid))
-            own = tl.where(((r >= start) & (r < end))[:, None], dv, 0.0)
-            sums_now = ()
-            for k in tl.static_range(WIDTH):
-                sums_now = sums_now + (dw[k] + own * taps[k],)
-            dw = sums_now
-            db += own
-            dvs = dvs + (dv,)
-            acc = tl.zeros((SIDE, COLUMNS), tl.float32)
-            for k in tl.static_range(WIDTH):
-                part = dvs[BEHIND - k] * w[k]
-                if HAS_SEQ:
-                    part = tl.where((ids[BEHIND - k] == ids[BEHIND - LEFT])[:, None], part, 0.0)
-                acc += part
-            m = (j >= start) & (j < end)
-            if HAS_MASK:
-                acc = tl.where((tl.load(p_mask + j, mask=m, other=0) != 0)[:, None], acc, 0.0)
-            o = j.to(tl.int64)[:, None] * STRIDE_DX
-            tl.store(p_dx + o, acc.to(dx.dtype.element_ty), mask=m[:, None] & m_c[None, :])
-            xs = xs[1:]
-            dvs = dvs[1:]
-            if HAS_SEQ:
-                ids = ids[1:]
+        i = start - BEHIND + step * UNROLL
+        if HAS_SEQ:
+            # Most steps are within one sequence, and need not compare
+            ids = ids + next_ids
+            differ = ids[0] != ids[1]
+            for k in tl.static_range(2, len(ids)):
+                differ = differ | (ids[0] != ids[k])
+            several = tl.max(differ.to(tl.int32), 0) != 0
+        else:
+            several: tl.constexpr = False
+        if several:
+            xs, dvs, dw, db = _grad_rows(
+                i,
+                start,
+                end,
+                next_x,
+                next_dy,
+                ids,
+                xs,
+                dvs,
+                dw,
+                db,
+                w,
+                b_bias,
+                p_dx,
+                p_mask,
+                m_c,
+                STRIDE_DX,
+                WIDTH,
+                LEFT,
+                ACTIVATE,
+                HAS_MASK,
+                True,
+                SIDE,
+                COLUMNS,
+                UNROLL,
+            )
+        else:
+            xs, dvs, dw, db = _grad_rows(
+                i,
+                start,
+                end,
+                next_x,
+                next_dy,
+                ids,
+                xs,
+                dvs,
+                dw,
+                db,
+                w,
+                b_bias,
+                p_dx,
+                p_mask,
+                m_c,
+                STRIDE_DX,
+                WIDTH,
+                LEFT,
+                ACTIVATE,
+                HAS_MASK,
+                False,
+                SIDE,
+                COLUMNS,
+                UNROLL,
+            )
+        if HAS_SEQ:
+            ids = ids[UNROLL:]
     p_sums = sums + pid.to(tl.int64) * (WIDTH + 1) * D + o_c
     for k in tl.static_range(WIDTH):
         tl.store(p_sums + k * D, tl.sum(dw[k], 0), mask=m_c)

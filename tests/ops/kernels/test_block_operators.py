@@ -68,6 +68,18 @@ def test_conv1d(width, options, causal, dtype):
     compared(run, tensors, dtype)
 
 
+@pytest.mark.parametrize("width, causal", [(2, True), (7, False)])
+def test_conv1d_of_long_sequences(width, causal):
+    """Whole blocks within a sequence, a block that ends where one ends, and ids that fall and come back."""
+    seq = torch.tensor([[5] * 128 + [2] * 64 + [5] * 23, [0] * 150 + [1] + [0] * 64], device=DEVICE)
+
+    def run(backend, x, weight, bias):
+        return depthwise_conv1d(x, weight, bias, causal=causal, seq_idx=seq, backend=backend)
+
+    tensors = dict(x=draw(2, seq.shape[1], 8), weight=draw(8, width, seed=1), bias=draw(8, seed=2))
+    compared(run, tensors, torch.float32)
+
+
 def test_conv1d_of_a_slice_without_bias():
     """The block's own use: channels of a wider tensor, read where they lie."""
     x, weight = draw(2, 33, 50), draw(20, 7, seed=1)
