@@ -28,7 +28,7 @@ Parts:
                 of few GPUs at once on different ones, which share the host alone. Efficiency: rate on N / (N x rate on
                 one GPU, without a strategy, of the same workload and mode). `patches` with DDP also as CUDA graphs
                 (task.compile_options.mode=reduce-overhead); `--variant NAME OVERRIDE` (again for more overrides of that
-                name) adds one more run of DDP.
+                name) adds one more run of DDP, or of FSDP where the name begins with fsdp.
 
 Runs of `curves` and `checks` go side by side on different GPUs. A run that fails, or takes longer than --timeout (its
 processes' stacks are printed then), is marked, and the others go on. Written after every run: OUT/scaling.csv,
@@ -346,7 +346,8 @@ class Benchmark:
                 if mode == "graph" and (name != "patches" or self.a.no_graph):
                     continue
                 for strategy, n in [("single", 1), *reversed(self.several())]:
-                    if (mode and strategy == "fsdp") or (mode in variants and strategy == "single"):
+                    only = "fsdp" if mode.startswith("fsdp") else "ddp"
+                    if (mode and strategy not in ("single", only)) or (mode in variants and strategy == "single"):
                         continue
                     extra = [f"data.batch_size={w.batch}", f"trainer.max_steps={w.steps}", "test=false"]
                     extra += [f"trainer.limit_train_batches={w.per_epoch}", "trainer.max_epochs=1000"]

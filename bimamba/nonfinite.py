@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -96,10 +97,15 @@ def trace(
     return (found[0] if found else None), loss.detach()
 
 
-def as_it_stands(task: LightningModule, batches: list[Any], losses: list[Tensor]) -> tuple[Finding | None, int]:
+def as_it_stands(
+    task: LightningModule, batches: list[Any], losses: list[Tensor], largest: Tensor
+) -> tuple[Finding | None, int]:
     """What is not finite of inputs, losses, parameters and gradients, without running anything, and in which batch.
 
-    Of a sharded network the names are those of its shards, which are blocks.
+    Args:
+        task: of a sharded network, whose parameters are this process's parts.
+        batches, losses: of the step.
+        largest: absolute value of each gradient that there was, `(gradients)`; those at hand may be of the next step.
     """
     for number, ((batch, *_), loss) in enumerate(zip(batches, losses, strict=True)):
         inputs = [(k, v) for k, v in batch.items() if isinstance(v, Tensor)]
@@ -109,8 +115,12 @@ def as_it_stands(task: LightningModule, batches: list[Any], losses: list[Tensor]
             return Finding("the loss", "loss", "loss", _counts(loss)), number
     named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in task.named_parameters()]
     finding = _first_of(named, "parameter", "the parameter {}")
-    gradients = [(n, p.grad) for n, p in named if p.grad is not None]
-    return finding or _first_of(gradients, "gradient", "the gradient of the parameter {}"), len(batches) - 1
+    gradients = [n for n, p in named if p.grad is not None]
+    for name, value in zip(gradients, largest.tolist(), strict=True) if finding is None else ():
+        if not math.isfinite(value):
+            where, what = f"the gradient of the parameter {name}", f"largest value {value}"
+            return Finding(where, name.rpartition(".")[0], f"gradient {name}", what), len(batches) - 1
+    return finding, len(batches) - 1
 
 
 def _watched(name: str, module: nn.Module) -> bool:

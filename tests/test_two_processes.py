@@ -142,7 +142,8 @@ def test_what_is_not_finite_in_one_process_is_named_and_saved_by_both(tmp_path, 
     # the second of the two batches of step 1, in the second process
     codes, said, seen = trained(tmp_path, tmp_path / "run", *OPTIONS, *options, at=3, rank=1, act=overflow)
     assert codes == ((1, 1) if action == "stop" else (0, 0)), said
-    assert list(seen[0]) == [f"0 {i}" for i in range(3 if action == "stop" else 6)]
+    # a fused optimizer leaves the step out by itself, and it is found in the next one
+    assert list(seen[0]) == [f"0 {i}" for i in range(6 if action == "skip" else 5 if fused == "true" else 3)]
     path = tmp_path / "run" / "nonfinite" / "step_1.ckpt"
     found = "not finite at step 1 (epoch 0, batch 3): the batch's inputs are not finite (0 NaN and 1"
     assert all(found in text for text in said) if action == "stop" else found in said[0], said

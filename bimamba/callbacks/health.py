@@ -22,13 +22,14 @@ ACTIONS = ("stop", "skip", "lower")
 
 
 class _Step(NamedTuple):
-    """An optimizer step that was looked at: its batches with their random states, its losses, and the answer, which is
-    there when `ready` is reached."""
+    """An optimizer step that was looked at: its batches with their random states, its losses, the largest values of its
+    gradients, and the answer, which is there when `ready` is reached."""
 
     number: int
     epoch: int
     window: list[tuple[Any, int, dict[str, Any]]]
     losses: list[torch.Tensor]
+    largest: torch.Tensor
     finite: torch.Tensor
     ready: torch.cuda.Event | None
 
@@ -112,12 +113,15 @@ class NumericalHealth(Callback):
         if not losses:
             return
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # FSDP's plugin is no MixedPrecision
-        finite = all_finite(losses + [p.grad for p in pl_module.parameters() if p.grad is not None and not scaled])
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None and not scaled]
+        largest = largest_values(losses + gradients)
+        finite = torch.isfinite(largest.sum())
         if trainer.world_size > 1:
             finite = finite.int()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        step = _Step(trainer.global_step, trainer.current_epoch, window, losses, *_sent(finite.bool()))
-        if scaled or not _leaves_out(optimizer) or is_sharded(trainer.strategy):
+        largest = largest[len(losses) :]
+        step = _Step(trainer.global_step, trainer.current_epoch, window, losses, largest, *_sent(finite.bool()))
+        if scaled or not _leaves_out(optimizer):
             if not self._answered(trainer, pl_module, step) and not scaled:  # a loss scaler leaves it out by itself
                 for parameter in pl_module.parameters():
                     parameter.grad = None  # optimizers pass over what has no gradient
@@ -192,10 +196,10 @@ class NumericalHealth(Callback):
             self._settle(trainer, pl_module)  # no checkpoint of a training that has to stop
 
 
-def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Whether no tensor holds a NaN or an infinity: bool `()`, on their device."""
-    largest = torch._foreach_norm(tensors, float("inf"))  # the 2-norm of large gradients would overflow by itself
-    return torch.isfinite(torch.stack([n.float() for n in largest]).sum())
+def largest_values(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Of each tensor the largest absolute value, NaN where it holds one: float32 `(len(tensors))`, on their device.
+    Their sum is finite where all of them are: the 2-norm of large gradients would overflow by itself."""
+    return torch.stack([n.float() for n in torch._foreach_norm(tensors, float("inf"))])
 
 
 def _sent(finite: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -223,7 +227,7 @@ def _culprit(
     finding, chosen = None, step.window[-1]
     sharded = is_sharded(trainer.strategy)
     if sharded:  # a module of a sharded network does not run alone: what can be seen as it stands
-        finding, number = as_it_stands(pl_module, step.window, step.losses)
+        finding, number = as_it_stands(pl_module, step.window, step.losses, step.largest)
         chosen = step.window[number]
     for entry in () if sharded else step.window:
         set_random_states(entry[2], pl_module.device)
