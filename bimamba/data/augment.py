@@ -203,3 +203,38 @@ class RandomSubstitution(nn.Module):
         """Token ids int64 `(b, l)`, mask bool `(b, l)`."""
         chosen = (torch.rand(tokens.shape, device=tokens.device) < self.probability) & mask
         return torch.where(chosen, torch.randint_like(tokens, 1, self.known + 1), tokens)
+
+
+class RandomShift(nn.Module):
+    """Moves each sequence along its window, by up to some characters to either side (as in Basenji, Kelley et al.
+    2018). What moves out is lost, what moves in is drawn from the alphabet; lengths and padding stay.
+
+    Args:
+        alphabet: of the token ids; the last character stands for the unknown and is not drawn.
+        most: characters.
+
+    Raises:
+        ValueError: `most` is negative.
+    """
+
+    def __init__(self, alphabet: str, most: int) -> None:
+        super().__init__()
+        if most < 0:
+            raise ValueError(f"data.augment.shift: expected a number of characters, 0 or more, got {most}")
+        self.known, self.most = len(alphabet) - 1, most
+
+    def forward(self, tokens: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
+        """Token ids int64 `(b, l)`, mask bool `(b, l)`; each sequence of a packed row is drawn by itself."""
+        b, l = tokens.shape
+        slots = 1 if packing is None else packing.bounds.shape[1] - 1
+        shift = torch.randint(-self.most, self.most + 1, (b, slots), device=tokens.device)
+        if packing is not None:
+            shift = shift.gather(1, packing.seq_idx.long())
+        source = torch.arange(l, device=tokens.device) - shift
+        inside = (source >= 0) & (source < l)
+        source = source.clamp(0, l - 1).expand(b, l)
+        inside = inside & mask.gather(1, source)
+        if packing is not None:
+            inside = inside & (packing.seq_idx.gather(1, source) == packing.seq_idx)
+        moved = torch.where(inside, tokens.gather(1, source), torch.randint_like(tokens, 1, self.known + 1))
+        return torch.where(mask, moved, tokens)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from bimamba.data.augment import RandomSubstitution, ReverseComplement
+from bimamba.data.augment import RandomShift, RandomSubstitution, ReverseComplement
 from bimamba.data.collate import Batch, packing_in
 from bimamba.data.datamodule import ClassificationDataModule
 from bimamba.data.labels import LabelMap
@@ -33,8 +33,8 @@ class SequenceDataModule(ClassificationDataModule):
             has the rows that these fill.
         pack_length: the most tokens of a packed row; None: four times the longest sequence, which leaves 1 to 2 % of
             padding with 64 sequences of 331 to 4,776 tokens.
-        augment: in training, `reverse_complement`, the probability of reading a row on the other strand, and
-            `substitution`, that of drawing a character anew.
+        augment: in training, `reverse_complement`, the probability of reading a row on the other strand, `shift`, by
+            how many characters it is moved at most, and `substitution`, the probability of drawing a character anew.
         options: those of `ClassificationDataModule`.
 
     Raises:
@@ -103,10 +103,14 @@ class SequenceDataModule(ClassificationDataModule):
         return batch
 
 
-def _augmentations(alphabet: str, reverse_complement: float = 0.0, substitution: float = 0.0) -> list[nn.Module]:
+def _augmentations(
+    alphabet: str, reverse_complement: float = 0.0, shift: int = 0, substitution: float = 0.0
+) -> list[nn.Module]:
     made: list[nn.Module] = []
     if reverse_complement:
         made.append(ReverseComplement(alphabet, reverse_complement))
+    if shift:
+        made.append(RandomShift(alphabet, shift))
     if substitution:
         made.append(RandomSubstitution(alphabet, substitution))
     return made

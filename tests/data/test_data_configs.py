@@ -153,7 +153,7 @@ def test_every_option_is_spelt_out(name):
     if kind is VisionDataModule:
         assert set(cfg["augment"]) == set(inspect.signature(ImageAugmentation).parameters)
     else:
-        assert set(cfg["augment"]) == {"reverse_complement", "substitution"}
+        assert set(cfg["augment"]) == {"reverse_complement", "shift", "substitution"}
 
 
 def test_imagenet_evaluates_on_its_validation_set(tmp_path):

@@ -7,7 +7,7 @@ from data_files import sequence_rows, stops, write_table
 from runs import TINY, run
 
 from bimamba.data import SequenceDataModule
-from bimamba.data.augment import ReverseComplement
+from bimamba.data.augment import RandomShift, ReverseComplement
 from bimamba.data.collate import packing_in
 from bimamba.data.sources import SequenceTable
 
@@ -71,6 +71,24 @@ def test_each_sequence_is_turned_by_itself(path):
         flips += new == other
     assert 0 < flips < len(before)
     assert not turned[~batch["mask"]].any()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_each_sequence_is_moved_within_its_own_place(path, packing):
+    batch = next(iter(module(path, packing=packing).train_dataloader()))
+    rows = unpacked if packing else padded
+    torch.manual_seed(0)
+    moved = RandomShift("ACGTN", 3)(batch["inputs"], batch["mask"], packing_in(batch))
+    shifts = set()
+    for old, new in zip(rows(batch), rows(batch | {"inputs": moved}), strict=True):
+        n = len(old)
+        assert len(new) == n and 1 <= min(new) and max(new) <= 5
+        fits = [k for k in range(-3, 4) if old[max(0, -k) : n - max(0, k)] == new[max(0, k) : n - max(0, -k)]]
+        assert fits, (old, new)
+        shifts |= set(fits)
+    assert len(shifts) > 3 and not moved[~batch["mask"]].any()
+    with pytest.raises(ValueError, match=r"data\.augment\.shift: expected a number of characters, 0 or more, got -1"):
+        RandomShift("ACGTN", -1)
 
 
 @pytest.mark.parametrize(
