@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class Unit(nn.Module):
 def resnet(units: int = 3) -> nn.Module:
     """6 `units` + 2 layers: three stages of 16, 32 and 64 channels."""
     sizes = [16] * (units + 1) + [32] * units + [64] * units
-    body = [Unit(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    body = [Unit(a, b) for a, b in pairwise(sizes)]
     first = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     net = nn.Sequential(*first, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     for module in net.modules():
@@ -91,6 +92,7 @@ def train(known: tuple[Tensor, Tensor], steps: int, device: str) -> nn.Module:
     if device.startswith("cuda"):
         before = {k: v.clone() for k, v in net.state_dict().items()}
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # as capturing wants it: warmed up on another stream
             for _ in range(3):
                 step()

@@ -346,8 +346,9 @@ class Benchmark:
                 if mode == "graph" and (name != "patches" or self.a.no_graph):
                     continue
                 for strategy, n in [("single", 1), *reversed(self.several())]:
-                    only = "fsdp" if mode.startswith("fsdp") else "ddp"
-                    if (mode and strategy not in ("single", only)) or (mode in variants and strategy == "single"):
+                    if (mode and strategy not in ("single", strategy_of(mode))) or (
+                        mode in variants and strategy == "single"
+                    ):
                         continue
                     extra = [f"data.batch_size={w.batch}", f"trainer.max_steps={w.steps}", "test=false"]
                     extra += [f"trainer.limit_train_batches={w.per_epoch}", "trainer.max_epochs=1000"]
@@ -374,6 +375,10 @@ class Benchmark:
         """Samples a second over all GPUs, the median after the first two stretches."""
         rates = self._logged(run, "performance/samples_per_second")[2:]
         return statistics.median(value for _, value in rates) if rates else None
+
+
+def strategy_of(variant: str) -> str:
+    return "fsdp" if variant.startswith("fsdp") else "ddp"
 
 
 def differences(curve: list[tuple[int, float]], base: list[tuple[int, float]]) -> dict[str, Any]:
@@ -497,7 +502,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar=("NAME", "OVERRIDE"),
-        help="throughput: DDP with it, too",
+        help="throughput: DDP (a NAME of fsdp…: FSDP) with it, too",
     )
     parser.add_argument("--no-graph", action="store_true", help="leave out torch.compile")
     parser.add_argument("--tiny", action="store_true", help="a network, data and numbers of steps for a CPU")
@@ -510,8 +515,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.error("--parts checks: expected curves too, whose runs are checked")
     if wrong := [name for name, _ in a.variant if name == "graph" or not re.fullmatch(r"\w+", name)]:
         parser.error(f"--variant: expected a name of letters, digits and _ other than graph, got {wrong[0]!r}")
-    if a.variant and "ddp" not in a.strategies:
-        parser.error("--variant: expected --strategies ddp, whose runs it adds to")
+    if missing := {strategy_of(name) for name, _ in a.variant} - set(a.strategies):
+        parser.error(f"--variant: expected --strategies {' '.join(missing)}, whose runs it adds to")
     if "patches" in a.workloads and not (a.tiny or a.cifar):
         parser.error("--cifar: expected a folder for the workload patches")
     a.cifar = a.cifar and str(Path(a.cifar).resolve())

@@ -105,6 +105,7 @@ def test_a_run_that_hangs_says_where(tmp_path, monkeypatch, capsys):
         (["--variant", "graph", "a=1"], "other than graph, got 'graph'"),
         (["--variant", "a/b", "a=1"], "got 'a/b'"),
         (["--variant", "a", "a=1", "--strategies", "fsdp"], "expected --strategies ddp"),
+        (["--variant", "fsdp_a", "a=1", "--strategies", "ddp"], "expected --strategies fsdp"),
     ],
 )
 def test_variants_that_could_not_run_are_refused(more, said, capsys):
