@@ -55,6 +55,28 @@ def test_odd_sizes(run, p, n):
     check(run, torch.bfloat16, p=p, n=n, l=65)
 
 
+FORMS = [dict(chunk=64), dict(chunk=128, halves=2), dict(chunk=64, fill=2)]
+PACKED = [(dict(form, walk=walk, tma=tma), {}) for form in FORMS for walk in (False, True) for tma in (False, True)]
+PACKED += [(FORMS[0], options) for options in (dict(untied=True), dict(shift=True), dict(causal=True))]
+PACKED += [({}, {}), ({}, dict(n=128))]
+
+
+@pytest.mark.parametrize("config, options", PACKED, ids=str)
+def test_packed(run, config, options):
+    """Sequences of 1 to 500 tokens: most chunks of 64 hold rows of one of them alone, some of several."""
+    if config.get("tma") and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tensor descriptors on this GPU")
+    a = problem(
+        **{"b": 2, "l": 1100, "h": 64, "g": 2, "p": 64, "n": 64, **options}, dtype=torch.bfloat16, device="cuda"
+    )
+    starts = torch.rand(2, 1100, generator=torch.Generator().manual_seed(0)) < 0.008
+    starts[0, [64, 128, 129, 640]] = True
+    a["seq_idx"] = starts.cumsum(1).int().cuda()
+    with forced(**config):
+        got = results(run, a)
+    assert_close(got, exact(a), BOUNDS[torch.bfloat16])
+
+
 def test_any_address(run):
     """A contiguous tensor at an odd address, which tensor descriptors would refuse."""
     a = problem(b=8, l=512, h=16, p=64, g=1, n=64, dtype=torch.bfloat16, device="cuda", D="h")
