@@ -362,10 +362,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="timed steps, after three")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test on a CPU")
     parser.add_argument("--longest", action="store_true", help="instead: the longest sequence that fits")
+    parser.add_argument("--memory", type=float, help="GB of the GPU's memory that may be used: 80 as of a smaller card")
     parser.add_argument("--name", default="train", help="of the result files")
     a = parser.parse_args()
     cuda = a.device.startswith("cuda")
     headdim = 16 if a.tiny else 64
+    if a.memory and cuda:
+        part = 1e9 * a.memory / torch.cuda.get_device_properties(a.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(part, 1.0), a.device)
     models = [m for m in a.models if cuda or not m.endswith(("+graph", "+compile", "+reduce"))]
     if any(m.startswith("flip") for m in models) and (not cuda or peer_scan() is None):
         print("flip skipped: it needs a GPU and mamba-ssm")
