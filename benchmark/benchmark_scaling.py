@@ -26,9 +26,9 @@ Parts:
                 `performance/samples_per_second`, the median over epochs (of 10 steps or, on 8 GPUs, 5) after the first
                 two; waiting for data counts, validation and checkpoints do not. One run at a time, or (--beside) those
                 of few GPUs at once on different ones, which share the host alone. Efficiency: rate on N / (N x rate on
-                one GPU, without a strategy, of the same workload and mode). `patches` with DDP also as CUDA graphs
-                (task.compile_options.mode=reduce-overhead); `--variant NAME OVERRIDE` (again for more overrides of that
-                name) adds one more run of DDP, or of FSDP where the name begins with fsdp.
+                one GPU, without a strategy, of the same workload; as graphs: as a graph). `patches` with DDP also as
+                CUDA graphs (task.compile_options.mode=reduce-overhead); `--variant NAME OVERRIDE` (again for more
+                overrides of that name) adds one more run of DDP, or of FSDP where the name begins with fsdp.
 
 Runs of `curves` and `checks` go side by side on different GPUs. A run that fails, or takes longer than --timeout (its
 processes' stacks are printed then), is marked, and the others go on. Written after every run: OUT/scaling.csv,
@@ -377,8 +377,9 @@ class Benchmark:
         return statistics.median(value for _, value in rates) if rates else None
 
 
-def strategy_of(variant: str) -> str:
-    return "fsdp" if variant.startswith("fsdp") else "ddp"
+def strategy_of(mode: str) -> str:
+    """Of the runs that a mode ("graph" or the name of a variant) is added to."""
+    return "fsdp" if mode.startswith("fsdp") else "ddp"
 
 
 def differences(curve: list[tuple[int, float]], base: list[tuple[int, float]]) -> dict[str, Any]:
@@ -515,7 +516,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.error("--parts checks: expected curves too, whose runs are checked")
     if wrong := [name for name, _ in a.variant if name == "graph" or not re.fullmatch(r"\w+", name)]:
         parser.error(f"--variant: expected a name of letters, digits and _ other than graph, got {wrong[0]!r}")
-    if missing := {strategy_of(name) for name, _ in a.variant} - set(a.strategies):
+    if missing := sorted({strategy_of(name) for name, _ in a.variant} - set(a.strategies)):
         parser.error(f"--variant: expected --strategies {' '.join(missing)}, whose runs it adds to")
     if "patches" in a.workloads and not (a.tiny or a.cifar):
         parser.error("--cifar: expected a folder for the workload patches")

@@ -369,7 +369,8 @@ def main() -> None:
     headdim = 16 if a.tiny else 64
     if a.memory and cuda:
         part = 1e9 * a.memory / torch.cuda.get_device_properties(a.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(part, 1.0), a.device)
+        number = torch.device(a.device).index or 0  # "cuda" has none, which this function wants
+        torch.cuda.set_per_process_memory_fraction(min(part, 1.0), number)
     models = [m for m in a.models if cuda or not m.endswith(("+graph", "+compile", "+reduce"))]
     if any(m.startswith("flip") for m in models) and (not cuda or peer_scan() is None):
         print("flip skipped: it needs a GPU and mamba-ssm")

@@ -98,14 +98,15 @@ def trace(
 
 
 def as_it_stands(
-    task: LightningModule, batches: list[Any], losses: list[Tensor], largest: Tensor
+    task: LightningModule, batches: list[Any], losses: list[Tensor], numbers: list[int], largest: Tensor
 ) -> tuple[Finding | None, int]:
     """What is not finite of inputs, losses, parameters and gradients, without running anything, and in which batch.
 
     Args:
         task: of a sharded network, whose parameters are this process's parts.
         batches, losses: of the step.
-        largest: absolute value of each gradient that there was, `(gradients)`; those at hand may be of the next step.
+        numbers: of the parameters that had a gradient then; those at hand may be of the next step.
+        largest: absolute value of each of these gradients, `(gradients)`.
     """
     for number, ((batch, *_), loss) in enumerate(zip(batches, losses, strict=True)):
         inputs = [(k, v) for k, v in batch.items() if isinstance(v, Tensor)]
@@ -115,9 +116,9 @@ def as_it_stands(
             return Finding("the loss", "loss", "loss", _counts(loss)), number
     named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in task.named_parameters()]
     finding = _first_of(named, "parameter", "the parameter {}")
-    gradients = [n for n, p in named if p.grad is not None]
-    for name, value in zip(gradients, largest.tolist(), strict=True) if finding is None else ():
+    for number, value in zip(numbers, largest.tolist(), strict=True) if finding is None else ():
         if not math.isfinite(value):
+            name = named[number][0]
             where, what = f"the gradient of the parameter {name}", f"largest value {value}"
             return Finding(where, name.rpartition(".")[0], f"gradient {name}", what), len(batches) - 1
     return finding, len(batches) - 1

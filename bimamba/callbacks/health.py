@@ -22,13 +22,14 @@ ACTIONS = ("stop", "skip", "lower")
 
 
 class _Step(NamedTuple):
-    """An optimizer step that was looked at: its batches with their random states, its losses, the largest values of its
-    gradients, and the answer, which is there when `ready` is reached."""
+    """An optimizer step that was looked at: its batches with their random states, its losses, of its gradients the
+    parameters' numbers and the largest values, and the answer, which is there when `ready` is reached."""
 
     number: int
     epoch: int
     window: list[tuple[Any, int, dict[str, Any]]]
     losses: list[torch.Tensor]
+    numbers: list[int]
     largest: torch.Tensor
     finite: torch.Tensor
     ready: torch.cuda.Event | None
@@ -113,14 +114,14 @@ class NumericalHealth(Callback):
         if not losses:
             return
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # FSDP's plugin is no MixedPrecision
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None and not scaled]
-        largest = largest_values(losses + gradients)
+        found = [(i, p.grad) for i, p in enumerate(pl_module.parameters()) if p.grad is not None and not scaled]
+        largest = largest_values(losses + [gradient for _, gradient in found])
         finite = torch.isfinite(largest.sum())
         if trainer.world_size > 1:
             finite = finite.int()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        largest = largest[len(losses) :]
-        step = _Step(trainer.global_step, trainer.current_epoch, window, losses, largest, *_sent(finite.bool()))
+        looked_at = losses, [i for i, _ in found], largest[len(losses) :]
+        step = _Step(trainer.global_step, trainer.current_epoch, window, *looked_at, *_sent(finite.bool()))
         if scaled or not _leaves_out(optimizer):
             if not self._answered(trainer, pl_module, step) and not scaled:  # a loss scaler leaves it out by itself
                 for parameter in pl_module.parameters():
@@ -227,7 +228,7 @@ def _culprit(
     finding, chosen = None, step.window[-1]
     sharded = is_sharded(trainer.strategy)
     if sharded:  # a module of a sharded network does not run alone: what can be seen as it stands
-        finding, number = as_it_stands(pl_module, step.window, step.losses, step.largest)
+        finding, number = as_it_stands(pl_module, step.window, step.losses, step.numbers, step.largest)
         chosen = step.window[number]
     for entry in () if sharded else step.window:
         set_random_states(entry[2], pl_module.device)

@@ -180,6 +180,13 @@ class ReverseComplement(nn.Module):
         return torch.where(chosen, other_strand(tokens, self.complement, mask, packing), tokens)
 
 
+def _known(option: str, alphabet: str) -> int:
+    """How many characters can be drawn: all but the last, which stands for the unknown."""
+    if len(alphabet) < 2:
+        raise ValueError(f"data.augment.{option}: expected an alphabet of known characters, got {alphabet!r}")
+    return len(alphabet) - 1
+
+
 class RandomSubstitution(nn.Module):
     """Puts a random character of the alphabet (not the unknown one) in place of each real one, with a probability.
 
@@ -190,14 +197,14 @@ class RandomSubstitution(nn.Module):
         probability: of a character being drawn anew; it may come out as it was.
 
     Raises:
-        ValueError: the probability is out of range.
+        ValueError: the probability is out of range, or there is nothing to draw.
     """
 
     def __init__(self, alphabet: str, probability: float) -> None:
         super().__init__()
         if not 0 <= probability <= 1:
             raise ValueError(f"data.augment.substitution: expected a probability in [0, 1], got {probability}")
-        self.known, self.probability = len(alphabet) - 1, probability
+        self.known, self.probability = _known("substitution", alphabet), probability
 
     def forward(self, tokens: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
         """Token ids int64 `(b, l)`, mask bool `(b, l)`."""
@@ -214,14 +221,14 @@ class RandomShift(nn.Module):
         most: characters.
 
     Raises:
-        ValueError: `most` is negative.
+        ValueError: `most` is negative or no whole number, or there is nothing to draw.
     """
 
     def __init__(self, alphabet: str, most: int) -> None:
         super().__init__()
-        if most < 0:
-            raise ValueError(f"data.augment.shift: expected a number of characters, 0 or more, got {most}")
-        self.known, self.most = len(alphabet) - 1, most
+        if not isinstance(most, int) or most < 0:
+            raise ValueError(f"data.augment.shift: expected a whole number of characters, 0 or more, got {most!r}")
+        self.known, self.most = _known("shift", alphabet), most
 
     def forward(self, tokens: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
         """Token ids int64 `(b, l)`, mask bool `(b, l)`; each sequence of a packed row is drawn by itself."""

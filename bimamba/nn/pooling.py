@@ -8,6 +8,7 @@ scattered sums: those add in another order at each run on a GPU.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba.nn.decay import undecayed
@@ -141,9 +142,15 @@ class ClassTokenPooling(Pooling):
         return packing.bounds[:, :-1] + (packing.bounds.diff(dim=1) - 1).clamp(min=0) // 2
 
 
+PIECE = 256  # tokens: products of few rows and one long sum leave most of a GPU idle
+
+
 def _mix(weight: Tensor, x: Tensor, keep: Tensor) -> Tensor:
     """`(rows, slots, l)` times `(rows, l, d)`, in float32 at least; what stands at padding does not count."""
     dtype = torch.promote_types(x.dtype, torch.float32)
+    beyond = -x.shape[1] % PIECE
+    weight, x, keep = F.pad(weight, (0, beyond)), F.pad(x, (0, 0, 0, beyond)), F.pad(keep, (0, beyond))
     real = torch.where(keep.any(1)[..., None], x, 0.0).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return (weight.to(dtype) @ real).to(x.dtype)
+        pieces = weight.to(dtype).unflatten(2, (-1, PIECE)).transpose(1, 2) @ real.unflatten(1, (-1, PIECE))
+        return pieces.sum(1).to(x.dtype)

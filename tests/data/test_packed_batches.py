@@ -87,8 +87,11 @@ def test_each_sequence_is_moved_within_its_own_place(path, packing):
         assert fits, (old, new)
         shifts |= set(fits)
     assert len(shifts) > 3 and not moved[~batch["mask"]].any()
-    with pytest.raises(ValueError, match=r"data\.augment\.shift: expected a number of characters, 0 or more, got -1"):
-        RandomShift("ACGTN", -1)
+    for wrong in (-1, 0.5):
+        with stops("data.augment.shift: expected a whole number of characters, 0 or more", str(wrong)):
+            RandomShift("ACGTN", wrong)
+    with stops("data.augment.shift: expected an alphabet of known characters, got 'N'"):
+        RandomShift("N", 1)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ def depthwise_conv1d(
         raise ValueError(f"bias: expected shape (d) = ({d},), got {tuple(bias.shape)}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
+    if seq_idx is not None and (seq_idx.dtype == torch.bool or seq_idx.is_floating_point()):
+        raise ValueError(f"seq_idx: expected ints, got {seq_idx.dtype}")
     for name, value in (("mask", mask), ("seq_idx", seq_idx)):
         if value is not None and value.shape != x.shape[:2]:
             raise ValueError(f"{name}: expected shape (b, l) = {tuple(x.shape[:2])}, got {tuple(value.shape)}")

@@ -190,13 +190,48 @@ def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _grad_loads(
+    i,
+    last,
+    p_x,
+    p_dy,
+    p_mask,
+    m_c,
+    width,
+    STRIDE: tl.constexpr,
+    LATER: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Rows `i ..` of x, and those of dy, which are LATER rows before them."""
+    x = ()
+    dy = ()
+    for u in tl.static_range(ROWS):
+        m = (i + u >= 0) & (i + u < last)
+        if HAS_MASK:
+            m = m & (tl.load(p_mask + i + u, mask=m, other=0) != 0)
+        x = x + (tl.load(p_x + (i + u).to(tl.int64)[:, None] * STRIDE, mask=m[:, None] & m_c[None, :], other=0.0),)
+        r = i + u - LATER
+        m = (r >= 0) & (r < last)
+        dy = dy + (tl.load(p_dy + r.to(tl.int64)[:, None] * width, mask=m[:, None] & m_c[None, :], other=0.0),)
+    return x, dy
+
+
+@triton.jit
+def _same(p_seq, i, j, last):
+    """Whether rows i and j of each walk are there and of one sequence."""
+    there = (i >= 0) & (i < last) & (j >= 0) & (j < last)
+    return tl.load(p_seq + i, mask=there, other=0) == tl.load(p_seq + j, mask=there, other=1)
+
+
+@triton.jit
 def _grad_rows(
     i,
     start,
     end,
+    last,
     next_x,
     next_dy,
-    ids,
     xs,
     dvs,
     dw,
@@ -205,6 +240,7 @@ def _grad_rows(
     b_bias,
     p_dx,
     p_mask,
+    p_seq,
     m_c,
     STRIDE_DX: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -227,7 +263,7 @@ def _grad_rows(
         if HAS_SEQ:
             taps = ()
             for k in tl.static_range(WIDTH):
-                taps = taps + (tl.where((ids[u + BEHIND - LEFT + k] == ids[u + BEHIND])[:, None], xs[k], 0.0),)
+                taps = taps + (tl.where(_same(p_seq, r - LEFT + k, r, last)[:, None], xs[k], 0.0),)
         dv = next_dy[u].to(tl.float32)
         if ACTIVATE:
             v = tl.zeros((SIDE, COLUMNS), tl.float32) + b_bias[None, :]
@@ -246,7 +282,7 @@ def _grad_rows(
         for k in tl.static_range(WIDTH):
             part = dvs[BEHIND - k] * w[k]
             if HAS_SEQ:
-                part = tl.where((ids[u + BEHIND - k] == ids[u + BEHIND - LEFT])[:, None], part, 0.0)
+                part = tl.where(_same(p_seq, r - k, j, last)[:, None], part, 0.0)
             acc += part
         m = (j >= start) & (j < end)
         if HAS_MASK:
@@ -325,95 +361,39 @@ def conv_grad_kernel(
     dvs = _zeros(BEHIND, SIDE, COLUMNS)
     dw = _zeros(WIDTH, SIDE, COLUMNS)
     db = tl.zeros((SIDE, COLUMNS), tl.float32)
-    ids = ()  # of rows i - (2 BEHIND - LEFT) to i; r is number BEHIND among them
-    if HAS_SEQ:
-        for _ in tl.static_range(2 * BEHIND - LEFT):
-            ids = ids + (tl.full((SIDE,), -1, tl.int32),)
+    READ: tl.constexpr = 2 * BEHIND - LEFT  # rows before those of a step whose ids matter to it
+    o_id = tl.arange(0, triton.next_power_of_2(READ + UNROLL))[None, :]
     for step in range(tl.cdiv(LENGTH + 2 * BEHIND, UNROLL)):
-        next_x = ()
-        next_dy = ()
-        next_ids = ()
-        for u in tl.static_range(UNROLL):  # all loads of a step before its stores, which the compiler does not reorder
-            i = start - BEHIND + step * UNROLL + u
-            m = (i >= 0) & (i < last)
-            if HAS_SEQ:
-                next_ids = next_ids + (tl.load(p_seq + i, mask=m, other=-1),)
-            if HAS_MASK:
-                m = m & (tl.load(p_mask + i, mask=m, other=0) != 0)
-            next_x = next_x + (
-                tl.load(p_x + i.to(tl.int64)[:, None] * STRIDE, mask=m[:, None] & m_c[None, :], other=0.0),
-            )
-            r = i - (BEHIND - LEFT)
-            m = (r >= 0) & (r < last)
-            next_dy = next_dy + (
-                tl.load(p_dy + r.to(tl.int64)[:, None] * width, mask=m[:, None] & m_c[None, :], other=0.0),
-            )
         i = start - BEHIND + step * UNROLL
+        # All loads of a step before its stores, which the compiler does not reorder
+        next_x, next_dy = _grad_loads(
+            i, last, p_x, p_dy, p_mask, m_c, width, STRIDE, BEHIND - LEFT, HAS_MASK, UNROLL
+        )  # fmt: skip
         if HAS_SEQ:
-            # Most steps are within one sequence, and need not compare
-            ids = ids + next_ids
-            differ = ids[0] != ids[1]
-            for k in tl.static_range(2, len(ids)):
-                differ = differ | (ids[0] != ids[k])
-            several = tl.max(differ.to(tl.int32), 0) != 0
+            row = i[:, None] - READ + o_id
+            m_id = (row >= 0) & (row < last[:, None]) & (o_id < READ + UNROLL)
+            own_id = tl.load(p_seq + i, mask=(i >= 0) & (i < last), other=-1)
+            differ = (tl.load(p_seq[:, None] + row, mask=m_id, other=-1) != own_id[:, None]) & (o_id < READ + UNROLL)
+            several = tl.max(tl.max(differ.to(tl.int32), 1), 0) != 0
         else:
             several: tl.constexpr = False
         if several:
-            xs, dvs, dw, db = _grad_rows(
-                i,
-                start,
-                end,
-                next_x,
-                next_dy,
-                ids,
-                xs,
-                dvs,
-                dw,
-                db,
-                w,
-                b_bias,
-                p_dx,
-                p_mask,
-                m_c,
-                STRIDE_DX,
-                WIDTH,
-                LEFT,
-                ACTIVATE,
-                HAS_MASK,
-                True,
-                SIDE,
-                COLUMNS,
-                UNROLL,
-            )
+            # Few steps are of several sequences. Row by row, so that they need no more registers than the others: more
+            # would be a program less on a multiprocessor
+            for _ in range(UNROLL):
+                now_x, now_dy = _grad_loads(
+                    i, last, p_x, p_dy, p_mask, m_c, width, STRIDE, BEHIND - LEFT, HAS_MASK, 1
+                )  # fmt: skip
+                xs, dvs, dw, db = _grad_rows(
+                    i, start, end, last, now_x, now_dy, xs, dvs, dw, db, w, b_bias, p_dx, p_mask, p_seq, m_c,
+                    STRIDE_DX, WIDTH, LEFT, ACTIVATE, HAS_MASK, True, SIDE, COLUMNS, 1,
+                )  # fmt: skip
+                i += 1
         else:
             xs, dvs, dw, db = _grad_rows(
-                i,
-                start,
-                end,
-                next_x,
-                next_dy,
-                ids,
-                xs,
-                dvs,
-                dw,
-                db,
-                w,
-                b_bias,
-                p_dx,
-                p_mask,
-                m_c,
-                STRIDE_DX,
-                WIDTH,
-                LEFT,
-                ACTIVATE,
-                HAS_MASK,
-                False,
-                SIDE,
-                COLUMNS,
-                UNROLL,
-            )
-        if HAS_SEQ:
-            ids = ids[UNROLL:]
+                i, start, end, last, next_x, next_dy, xs, dvs, dw, db, w, b_bias, p_dx, p_mask, p_seq, m_c,
+                STRIDE_DX, WIDTH, LEFT, ACTIVATE, HAS_MASK, False, SIDE, COLUMNS, UNROLL,
+            )  # fmt: skip
     p_sums = sums + pid.to(tl.int64) * (WIDTH + 1) * D + o_c
     for k in tl.static_range(WIDTH):
         tl.store(p_sums + k * D, tl.sum(dw[k], 0), mask=m_c)

@@ -145,6 +145,7 @@ def test_opcheck():
         (lambda x, w: depthwise_conv1d(x[:, :0], w, backend="triton"), r"l at least 1, got \(1, 0, 4\)"),
         (lambda x, w: depthwise_conv1d(x, w, split=(3, 3)), "split: expected positive sizes that sum to d = 4"),
         (lambda x, w: depthwise_conv1d(x, w, mask=torch.ones(1, 5)), "mask: expected dtype bool"),
+        (lambda x, w: depthwise_conv1d(x, w, seq_idx=torch.ones(1, 5)), "seq_idx: expected ints, got torch.float32"),
         (lambda x, w: depthwise_conv1d(x, w, bias=torch.ones(3)), "bias: expected shape"),
         (lambda x, w: depthwise_conv1d(x, w, backend="fast"), "backend: expected one of"),
         (lambda x, w: depthwise_conv1d(x, torch.ones(4, 40), backend="triton"), "widths up to 9, got 40"),

@@ -58,7 +58,7 @@ def test_odd_sizes(run, p, n):
 FORMS = [dict(chunk=64), dict(chunk=128, halves=2), dict(chunk=64, fill=2)]
 PACKED = [(dict(form, walk=walk, tma=tma), {}) for form in FORMS for walk in (False, True) for tma in (False, True)]
 PACKED += [(FORMS[0], options) for options in (dict(untied=True), dict(shift=True), dict(causal=True))]
-PACKED += [({}, {}), ({}, dict(n=128))]
+PACKED += [({}, {}), ({}, dict(n=128)), (dict(chunk=64, fill=2, walk=True, tma=True, states_block_n=32), {})]
 
 
 @pytest.mark.parametrize("config, options", PACKED, ids=str)
@@ -101,6 +101,7 @@ CONFIGURATIONS = (
         for c, h in ((64, 1), (128, 2))
     ]
     + [dict(chunk=64, fill=2, walk=walk, tma=tma) for walk in (False, True) for tma in (False, True)]
+    + [dict(chunk=64, fill=fill, walk=True, tma=tma, states_block_n=32) for fill in (1, 2) for tma in (False, True)]
 )
 
 

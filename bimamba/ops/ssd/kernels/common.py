@@ -243,8 +243,9 @@ def sequence_id(p_seq, o_l, L):
 
 @triton.jit
 def mixed_rows(p_seq, o_l, L, ROWS: tl.constexpr):
-    """Whether rows `o_l ..` are of several sequences: ids never fall. Most are not, and need no mask."""
-    return sequence_id(p_seq, o_l, L) != sequence_id(p_seq, o_l + ROWS - 1, L)
+    """Whether rows `o_l ..` are of several sequences. Most are not, and need no mask."""
+    differ = sequence_ids(p_seq, o_l, L, ROWS) != sequence_id(p_seq, o_l, L)
+    return tl.max(differ.to(tl.int32), 0) != 0
 
 
 @triton.jit
