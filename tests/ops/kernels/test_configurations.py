@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import assert_close, oracle, problem, results
 
+from bimamba.ops.ssd.kernels import choose as choosing
 from bimamba.ops.ssd.kernels.choose import Problem, choose, forced
 
 LENGTHS = [1, 2, 15, 16, 17, 33]
@@ -66,6 +67,17 @@ def test_blocks(run, form, block_p, block_n):
 def test_blocks_of_two_matrices(run, shift, untied):
     config = dict(chunk=16, halves=1, block_p=16, block_n=16, states_block_n=16, grad_bc_block_n=16)
     check(run, config, l=19, p=24, n=32, shift=shift, untied=untied)
+
+
+def test_gradients_walk_from_one_walk_a_processor_on(monkeypatch):
+    """In halves of n up to two; the forward pass from two walks a processor on."""
+    monkeypatch.setattr(choosing, "_device", lambda device: choosing.Device(132, True, 232448))
+    expected = {6: (False, False, 64), 8: (False, True, 32), 16: (False, True, 32), 17: (True, True, 64)}
+    for b, (forward, backward, block_n) in expected.items():
+        t = Problem(b=b, l=4096, h=8, g=1, p=64, n=64, dtype=torch.bfloat16, device=torch.device("cpu"))
+        passes = [choose(t, True, backward) for backward in (False, True)]
+        assert [c.walk for c in passes] == [forward, backward], b
+        assert [c.states_block_n for c in passes] == [64, block_n], b
 
 
 SIZES = list(

@@ -195,6 +195,11 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
     tma = device.has_tma and not exact and not little and _fits_descriptors(problem, block_p, block_n)
     roomy = device.shared_memory >= 160 * 1024  # data centre chips; others hold one tile of each kind
     walks = problem.b * problem.h * problem.directions * (problem.p2 // block_p) * (problem.n2 // narrow)
+    # For gradients a walk a processor is enough: their chunks are short, and passing them costs as much as the states
+    # themselves. Of half of n, so that there are two. H200, forward+backward by passing, walks, walks of half of n: 128
+    # walks (b8 l16384 h8) 1390, 1372, 1298; b16 l2048 h4 212, 204, 198; n 128, b4 l8192 h8 672, 619, 596; 144 walks
+    # 1648, 1598, 1518; 96 walks 1049, 1131, 1060. Forward alone, 128 walks: 396, 443, 414
+    few = backward and not little and narrow > 32 and 0.95 * device.processors <= walks < 2 * device.processors
     walk_rows = chunk if backward else chunk * fill
     row_blocks = problem.b * -(-problem.l // (chunk // halves)) * problem.g
     # Parts of a group's heads, so that there are two programs a processor. All 24 heads in one program: output and the
@@ -208,9 +213,9 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
         block_p=block_p,
         block_n=block_n,
         tma=tma,
-        walk=little or walks >= 2 * device.processors,
+        walk=little or few or walks >= 2 * device.processors,
         # n 64: 86 with 2 stages and 76 with 3 over 64 rows; 55 and 62 over 128. n 128: blocks of 64 89, of 128 102
-        states_block_n=narrow,
+        states_block_n=narrow // 2 if few else narrow,
         states_stages=1 if exact else 3 if roomy and (walk_rows == 64 or block_n > 64) else 2,
         # Halves: 81 with 2 stages, 74 with 3; filling in 99 and 113; whole 85 and 80. n 128: 1 stage 140, 2 stages 114,
         # in halves 148 and 158

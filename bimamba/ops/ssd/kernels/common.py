@@ -243,9 +243,10 @@ def sequence_id(p_seq, o_l, L):
 
 @triton.jit
 def mixed_rows(p_seq, o_l, L, ROWS: tl.constexpr):
-    """Whether rows `o_l ..` are of several sequences. Most are not, and need no mask."""
-    differ = sequence_ids(p_seq, o_l, L, ROWS) != sequence_id(p_seq, o_l, L)
-    return tl.max(differ.to(tl.int32), 0) != 0
+    """Whether rows `o_l ..` are of several sequences: ids never fall. Most are not, and need no mask. By its edges: all
+    rows compared cost the gradients a tenth (H200, 17,080 rows of 7: grad_bc 10.1 -> 11.9 ns a token, grad_x 9.3 ->
+    10.9)."""
+    return sequence_id(p_seq, o_l, L) != sequence_id(p_seq, o_l + ROWS - 1, L)
 
 
 @triton.jit
