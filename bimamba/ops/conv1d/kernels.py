@@ -218,10 +218,9 @@ def _grad_loads(
 
 
 @triton.jit
-def _same(p_seq, i, j, last):
-    """Whether rows i and j of each walk are there and of one sequence."""
-    there = (i >= 0) & (i < last) & (j >= 0) & (j < last)
-    return tl.load(p_seq + i, mask=there, other=0) == tl.load(p_seq + j, mask=there, other=1)
+def _id(p_seq, i, last):
+    """Of row i of each walk; -1 beyond the ends, where x and dy are zero whatever is compared."""
+    return tl.load(p_seq + i, mask=(i >= 0) & (i < last), other=-1)
 
 
 @triton.jit
@@ -262,8 +261,10 @@ def _grad_rows(
         taps = xs
         if HAS_SEQ:
             taps = ()
+            id_r = _id(p_seq, r, last)
+            id_j = _id(p_seq, j, last)
             for k in tl.static_range(WIDTH):
-                taps = taps + (tl.where(_same(p_seq, r - LEFT + k, r, last)[:, None], xs[k], 0.0),)
+                taps = taps + (tl.where((_id(p_seq, r - LEFT + k, last) == id_r)[:, None], xs[k], 0.0),)
         dv = next_dy[u].to(tl.float32)
         if ACTIVATE:
             v = tl.zeros((SIDE, COLUMNS), tl.float32) + b_bias[None, :]
@@ -282,7 +283,7 @@ def _grad_rows(
         for k in tl.static_range(WIDTH):
             part = dvs[BEHIND - k] * w[k]
             if HAS_SEQ:
-                part = tl.where(_same(p_seq, r - k, j, last)[:, None], part, 0.0)
+                part = tl.where((_id(p_seq, r - k, last) == id_j)[:, None], part, 0.0)
             acc += part
         m = (j >= start) & (j < end)
         if HAS_MASK:
@@ -372,8 +373,8 @@ def conv_grad_kernel(
         if HAS_SEQ:
             row = i[:, None] - READ + o_id
             m_id = (row >= 0) & (row < last[:, None]) & (o_id < READ + UNROLL)
-            own_id = tl.load(p_seq + i, mask=(i >= 0) & (i < last), other=-1)
-            differ = (tl.load(p_seq[:, None] + row, mask=m_id, other=-1) != own_id[:, None]) & (o_id < READ + UNROLL)
+            ids = tl.load(p_seq[:, None] + row, mask=m_id, other=-1)
+            differ = (ids != _id(p_seq, i, last)[:, None]) & (o_id < READ + UNROLL)
             several = tl.max(tl.max(differ.to(tl.int32), 1), 0) != 0
         else:
             several: tl.constexpr = False
