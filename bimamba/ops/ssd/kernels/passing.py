@@ -12,7 +12,7 @@ from torch import Tensor
 from bimamba.ops.launch import Launch, once_a_form
 
 from .choose import Config, Problem
-from .common import ROW_LINES
+from .common import ROW_LINES, sequence_ids
 
 
 @triton.jit(do_not_specialize=["L", "CHUNKS"])
@@ -84,8 +84,8 @@ def passing_kernel(
         cross = tl.exp2(total)
         if HAS_SEQ:
             # A state crosses a chunk of one sequence alone, and enters none that begins with another
-            id_left = tl.load(p_seq + tl.minimum(i_c * K, L - 1) + tl.arange(0, 1))
-            id_right = tl.load(p_seq + tl.minimum(i_c * K + K - 1, L - 1) + tl.arange(0, 1))
+            id_left = sequence_ids(p_seq, i_c * K, L, 1)
+            id_right = sequence_ids(p_seq, i_c * K + K - 1, L, 1)
             cross = tl.where(id_left == id_right, cross, 0.0)
             id_enter = tl.where(back == 1, id_right, id_left)
             carry = tl.where((i > 0) & (id_last != id_enter), 0.0, carry)
