@@ -1,4 +1,4 @@
-"""From probabilities to decisions, and the table that is written of them."""
+"""From probabilities to decisions, and the table that is written of them and read again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bimamba.spec import DataSpec
+
+PROBLEM = "bimamba.problem"  # key of a table's metadata
 
 
 class Decision(NamedTuple):
@@ -47,7 +49,7 @@ def decide(spec: DataSpec, probabilities: np.ndarray) -> list[Decision]:
 
 
 def prediction_table(spec: DataSpec, ids: list[str], probabilities: np.ndarray, labels: np.ndarray | None) -> pa.Table:
-    """A row a sample.
+    """A row a sample; the schema's metadata say which problem it is, for `read_predictions`.
 
     Args:
         spec: names and problem.
@@ -66,7 +68,7 @@ def prediction_table(spec: DataSpec, ids: list[str], probabilities: np.ndarray, 
             columns[f"prediction_{name}"] = pa.array(probabilities[:, i], pa.float32())
             if labels is not None:
                 columns[f"label_{name}"] = pa.array(labels[:, i], pa.float32())
-        return pa.table(columns)
+        return pa.table(columns, metadata={PROBLEM: spec.problem})
     if spec.problem == "multilabel":
         columns["prediction"] = _listed(names, probabilities)
         if labels is not None:
@@ -78,7 +80,7 @@ def prediction_table(spec: DataSpec, ids: list[str], probabilities: np.ndarray, 
             columns["label"] = pa.array(text[labels.astype(np.int64)], pa.string())
     for name, values in zip(names, class_probabilities(spec, probabilities).T, strict=True):
         columns[f"probability_{name}"] = pa.array(values, pa.float32())
-    return pa.table(columns)
+    return pa.table(columns, metadata={PROBLEM: spec.problem})
 
 
 def _listed(names: tuple[str, ...], rows: np.ndarray) -> pa.Array:
@@ -91,3 +93,53 @@ def write_predictions(path: Path, table: pa.Table) -> None:
     """Write the table as Parquet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
+
+
+class Predictions(NamedTuple):
+    """A table of predictions as arrays: probabilities as of `losses.probabilities`, labels as in `prediction_table`."""
+
+    problem: str
+    class_names: tuple[str, ...]
+    ids: list[str]
+    probabilities: np.ndarray
+    labels: np.ndarray | None
+
+    @property
+    def spec(self) -> DataSpec:
+        """Problem and names; what the inputs were a table does not say."""
+        return DataSpec("sequence", self.problem, self.class_names, alphabet="N", max_length=1)
+
+    def table(self) -> pa.Table:
+        return prediction_table(self.spec, self.ids, self.probabilities, self.labels)
+
+
+def read_predictions(path: Path) -> Predictions:
+    """The inverse of `write_predictions` and `prediction_table`.
+
+    Raises:
+        ValueError: the file is damaged, or no table of predictions that says its problem.
+    """
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: expected a table of predictions as Parquet, got {error}") from error
+    problem = (table.schema.metadata or {}).get(PROBLEM.encode(), b"").decode()
+    if not problem:
+        raise ValueError(
+            f"{path}: its metadata have no {PROBLEM!r}; another program or an earlier version wrote it: test "
+            "or predict again"
+        )
+    prefix = "prediction_" if problem == "regression" else "probability_"
+    names = tuple(c.removeprefix(prefix) for c in table.column_names if c.startswith(prefix))
+    values = np.stack([table[prefix + name].to_numpy() for name in names], axis=1)
+    labels = None
+    if problem == "regression":
+        if f"label_{names[0]}" in table.column_names:
+            labels = np.stack([table[f"label_{name}"].to_numpy() for name in names], axis=1)
+    elif "label" in table.column_names:
+        place = {name: i for i, name in enumerate(names)}
+        if problem == "multilabel":
+            labels = np.array([[name in row for name in names] for row in table["label"].to_pylist()], dtype=np.int64)
+        else:
+            labels = np.array([place[name] for name in table["label"].to_pylist()], dtype=np.int64)
+    return Predictions(problem, names, table["id"].to_pylist(), values[:, 1] if problem == "binary" else values, labels)

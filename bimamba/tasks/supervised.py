@@ -37,6 +37,7 @@ class SupervisedTask(Task):
             the mean of the logits, or of a regression's values. Of the logits, not of the probabilities: loss, metrics
             and calibration then belong to one output, and it is exactly what the same weights give with
             `model.rc_equivariant=true`, whose head is linear.
+        test_time_flip: the same of images, as they are and mirrored left to right; where a mirror image is as likely.
         compile, compile_options: see `Task`.
         checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
 
@@ -66,16 +67,19 @@ class SupervisedTask(Task):
         layer_decay: float | None = None,
         lr_scale: Mapping[str, float] | None = None,
         test_time_rc: bool = False,
+        test_time_flip: bool = False,
     ) -> None:
         super().__init__(
             net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay, lr_scale
         )
         self.loss = SampleLoss(spec, label_smoothing, class_weights, pos_weight)
 
-        self.test_time_rc = test_time_rc
+        self.test_time_rc, self.test_time_flip = test_time_rc, test_time_flip
         self.complement: Tensor
         if test_time_rc:
             self.register_buffer("complement", _complement(net, spec), persistent=False)
+        if test_time_flip and spec.kind != "image":
+            raise ValueError(f"task.test_time_flip: expected images, got data of kind {spec.kind!r}")
         self.train_accuracy = make_train_metric(spec)
         evaluated = ("val", "test", "predict")
         metrics = {s: make_metrics(spec, f"{s}/", calibration_bins, thresholds) for s in evaluated}
@@ -91,10 +95,13 @@ class SupervisedTask(Task):
         packing = [batch[name] for name in Packing._fields] if "seq_idx" in batch else []
         return self.net(batch["inputs"], batch.get("mask"), *packing)
 
-    def logits_of_both_strands(self, batch: Batch) -> Tensor:
-        """Mean of a batch's logits and those of its reverse complements, `(b, num_outputs)`."""
-        packing = Packing(*(batch[name] for name in Packing._fields)) if "seq_idx" in batch else None
-        other = other_strand(batch["inputs"], self.complement, batch.get("mask"), packing)
+    def logits_of_both_views(self, batch: Batch) -> Tensor:
+        """Mean of a batch's logits and those of its reverse complements or mirror images, `(b, num_outputs)`."""
+        if self.test_time_flip:
+            other = batch["inputs"].flip(-1)
+        else:
+            packing = Packing(*(batch[name] for name in Packing._fields)) if "seq_idx" in batch else None
+            other = other_strand(batch["inputs"], self.complement, batch.get("mask"), packing)
         return (self(batch) + self({**batch, "inputs": other})) / 2
 
     def shared_step(self, batch: Batch, stage: str) -> dict[str, Any]:
@@ -104,8 +111,8 @@ class SupervisedTask(Task):
             `probabilities`, float32 as of `losses.probabilities`; `id`; and, for labelled rows, `label` and
             `sample_loss (b)`; in training also `loss`.
         """
-        both = self.test_time_rc and stage in ("test", "predict")
-        logits = self.logits_of_both_strands(batch) if both else self(batch)
+        both = (self.test_time_rc or self.test_time_flip) and stage in ("test", "predict")
+        logits = self.logits_of_both_views(batch) if both else self(batch)
         label = batch.get("label")
         out: dict[str, Any] = {"id": batch.get("id")}
         if stage != "train":

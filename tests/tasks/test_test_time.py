@@ -1,4 +1,6 @@
-"""task.test_time_rc: test and prediction read both strands, padded and packed; training and validation read one."""
+"""task.test_time_rc, task.test_time_flip: test and prediction see both views of a row; training and validation one."""
+
+from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,11 +11,12 @@ from test_supervised import task
 from bimamba.data.collate import pack_rows
 from bimamba.data.sequences import reverse_complement
 from bimamba.models import Classifier
-from bimamba.nn import BiMamba2
+from bimamba.nn import BiMamba2, PatchEmbedding
 from bimamba.spec import DataSpec
 from bimamba.tasks import SupervisedTask
 
 CLASSES = DataSpec("sequence", "multiclass", ("a", "b", "c"), alphabet="ACGTN", max_length=12)
+IMAGE = DataSpec("image", "binary", ("no", "yes"), channels=1, height=4, width=6)
 
 
 def small(d_model):
@@ -37,7 +40,7 @@ def test_logits_are_the_mean_and_those_of_the_equivariant_network():
     for batch in batches:
         batch["id"] = list("wxyz")
         expected = equivariant(padded, padded > 0)
-        torch.testing.assert_close(one.logits_of_both_strands(batch), expected, atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(one.logits_of_both_views(batch), expected, atol=1e-12, rtol=1e-10)
         for stage in ("test", "predict"):
             found = one.shared_step(batch, stage)["probabilities"]
             torch.testing.assert_close(found, expected.float().softmax(-1))
@@ -46,10 +49,27 @@ def test_logits_are_the_mean_and_those_of_the_equivariant_network():
         assert (plain - found).abs().max() > 1e-5  # else nothing was averaged
 
 
+def test_mirror_images_give_the_same_in_test_and_prediction():
+    torch.manual_seed(0)
+    net = Classifier(IMAGE, 8, 1, embedding=partial(PatchEmbedding, patch_size=2), mixer=small).double().eval()
+    both = SupervisedTask(net, IMAGE, torch.optim.AdamW, test_time_flip=True)
+    images = torch.randn(3, 1, 4, 6, dtype=torch.float64)
+    here, there = {"inputs": images, "id": [0, 1, 2]}, {"inputs": images.flip(-1), "id": [0, 1, 2]}
+    expected = (net(images) + net(images.flip(-1))) / 2
+    torch.testing.assert_close(both.logits_of_both_views(here), expected)
+    for stage in ("test", "predict"):
+        found = [both.shared_step(batch, stage)["probabilities"] for batch in (here, there)]
+        torch.testing.assert_close(*found)
+        torch.testing.assert_close(found[0], expected.float()[:, 0].sigmoid())
+    plain = [both.shared_step(batch, "val")["probabilities"] for batch in (here, there)]
+    assert (plain[0] - plain[1]).abs().max() > 1e-5  # else there was nothing to average
+
+
 def test_clear_errors():
-    image = DataSpec("image", "binary", ("no", "yes"), channels=1, height=4, width=4)
+    with pytest.raises(ValueError, match=r"task\.test_time_flip: expected images, got data of kind 'sequence'"):
+        task(CLASSES, test_time_flip=True)
     with pytest.raises(ValueError, match=r"task\.test_time_rc: expected DNA sequences, got data of kind 'image'"):
-        task(image, test_time_rc=True)
+        task(IMAGE, test_time_rc=True)
     protein = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACDEFGX", max_length=9)
     with pytest.raises(ValueError, match=r"task\.test_time_rc: a reverse complement needs a DNA alphabet"):
         task(protein, test_time_rc=True)

@@ -1,0 +1,113 @@
+"""bimamba.ensemble: means of predictions, whose metrics are a test's own; folds; every bad input."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from runs import DIGITS, run
+
+from bimamba.ensemble import main
+from bimamba.predictions import Predictions, read_predictions, write_predictions
+
+
+def predictions(problem="binary", classes=2, ids="abcdef", seed=0, labels=True):
+    rng = np.random.default_rng(seed)
+    rows, names = len(ids), tuple(["no", "yes", "maybe"][:classes])
+    values = rng.random((rows, classes)).astype("f4")
+    if problem == "binary":
+        values = values[:, 0]
+    elif problem == "multiclass":
+        values /= values.sum(1, keepdims=True)
+    truth = {
+        "binary": np.arange(rows) % 2,
+        "multiclass": np.arange(rows) % classes,
+        "multilabel": (np.arange(rows)[:, None] + np.arange(classes)) % 2,
+        "regression": np.arange(rows * classes, dtype="f4").reshape(rows, classes),
+    }[problem]
+    return Predictions(problem, names, list(ids), values, truth if labels else None)
+
+
+def write(folder, found):
+    write_predictions(folder / "predictions.parquet", found.table())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("problem", "classes"), [("binary", 2), ("multiclass", 3), ("multilabel", 3), ("regression", 1), ("regression", 2)]
+)
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_table_is_read_as_it_was_written_and_averaged(tmp_path, problem, classes, labels):
+    parts = [predictions(problem, classes, seed=s, labels=labels) for s in range(3)]
+    for seed, part in enumerate(parts):
+        write(tmp_path / "runs" / str(seed), part)
+    again = read_predictions(tmp_path / "runs" / "0" / "predictions.parquet")
+    np.testing.assert_array_equal(again.probabilities, parts[0].probabilities)
+    np.testing.assert_equal(again.labels, parts[0].labels)
+    assert (again.problem, again.class_names, again.ids) == (problem, parts[0].class_names, list("abcdef"))
+    for _ in range(2):  # the second time an ensemble lies beneath the folder already
+        (found,) = main([str(tmp_path / "runs")])
+        assert len(found.files) == 3
+    joint = read_predictions(tmp_path / "runs" / "ensemble" / "predictions.parquet")
+    np.testing.assert_allclose(joint.probabilities, np.mean([p.probabilities for p in parts], 0), rtol=1e-6)
+    assert (tmp_path / "runs" / "ensemble" / "metrics.json").exists() == labels
+
+
+def test_one_network_twice_has_the_metrics_of_its_test(tmp_path):
+    tested = run(tmp_path / "a", *DIGITS, "trainer.max_epochs=1", "logger=none", "callbacks.learning_curves=null")
+    (found,) = main(
+        [*[str(tmp_path / "a")], str(write(tmp_path / "b", read_predictions(tmp_path / "a/predictions.parquet")))]
+    )
+    for metrics in (*found.single, found.joint, json.loads((tmp_path / "a/ensemble/metrics.json").read_text())):
+        assert metrics == {name: pytest.approx(tested[name], abs=1e-6) for name in metrics}
+    assert {"test/accuracy", "test/mcc", "test/auroc"} <= set(found.joint)
+
+
+def test_folds_are_ensembles_of_their_own(tmp_path, capsys):
+    for fold, ids in enumerate(("abcdef", "ghijkl")):
+        for seed in range(2):
+            write(tmp_path / f"{fold}_{seed}", predictions(ids=ids, seed=seed + 5 * fold))
+    # an evaluation beneath a run is no run of its own
+    write(tmp_path / "0_0" / "test" / "now", predictions(ids="abcdef", seed=9))
+    found = main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert [len(e.files) for e in found] == [2, 2]
+    assert read_predictions(tmp_path / "out" / "predictions.parquet").ids == list("abcdefghijkl")
+    accuracy = [e.joint["test/accuracy"] for e in found]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text in capsys.readouterr().out and "| one run (n = 4) | mean of 2 runs (n = 2) |" in text
+    assert f"| {np.mean(accuracy):.4f} ± {np.std(accuracy, ddof=1):.4f} |" in text
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test/accuracy"] == pytest.approx(
+        np.mean(accuracy)
+    )
+
+
+def test_bad_input(tmp_path):
+    def error(*folders):
+        with pytest.raises(SystemExit) as caught:
+            main([str(f) for f in folders])
+        return str(caught.value)
+
+    a, b = write(tmp_path / "a", predictions()), write(tmp_path / "b", predictions(seed=1))
+    assert "no such folder" in error(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no predictions.parquet in it or beneath it" in error(tmp_path / "empty")
+    assert "no other run has predictions of its rows" in error(a)
+    assert "no other run has predictions of its rows" in error(a, a)
+    assert "have 5 rows in common, e.g. 'b', but not all" in error(
+        a, b, write(tmp_path / "c", predictions(ids="bcdefg"))
+    )
+    other = predictions()
+    write(tmp_path / "c", other._replace(labels=1 - other.labels))
+    assert "give the same rows different labels" in error(a, tmp_path / "c")
+    write(tmp_path / "c", predictions(labels=False))
+    assert "give the same rows different labels" in error(a, tmp_path / "c")
+    write(tmp_path / "c", other._replace(class_names=("no", "maybe")))
+    assert "class_names: " in error(a, tmp_path / "c") and "('no', 'maybe')" in error(a, tmp_path / "c")
+    write(tmp_path / "c", predictions(ids="uvwxyz", labels=False))
+    write(tmp_path / "d", predictions(ids="uvwxyz", labels=False, seed=1))
+    assert "labels everywhere or nowhere" in error(a, b, tmp_path / "c", tmp_path / "d")
+    pq.write_table(pa.table({"id": ["x"]}), tmp_path / "c" / "predictions.parquet")
+    assert "its metadata have no 'bimamba.problem'" in error(a, tmp_path / "c")
+    (tmp_path / "c" / "predictions.parquet").write_bytes(b"PAR1 and no more")
+    assert "expected a table of predictions as Parquet" in error(a, tmp_path / "c")
