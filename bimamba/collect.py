@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from bimamba.files import beneath
+
 REPEATED = ("seed", "data.seed", "data.fold")
 # Sections and keys that change nothing in what a run learns and measures.
 IGNORED: tuple[str, ...] = (
@@ -75,7 +77,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"expected a folder with runs, got {folder} (no such folder)")
-        for path in sorted(folder.rglob("config.yaml")):
+        for path in beneath(folder, "config.yaml"):
             if ".hydra" in path.parts:
                 continue
             run = path.parent.resolve()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import get_object
@@ -115,6 +115,61 @@ def _strange_options(node: Any, path: str) -> Iterator[tuple[str, str, str]]:
     for key in map(str, node):
         if not OmegaConf.is_missing(node, key):
             yield from _strange_options(node[key], f"{path}.{key}")
+
+
+def check_switches(cfg: DictConfig) -> None:
+    """Refuse words where a switch is meant: `no` and `off` are text to Hydra, and any text counts as true.
+
+    Raises:
+        ValueError: a switch that is neither true nor false.
+    """
+    defaults: Any = OmegaConf.load(CONFIGS / "train.yaml")
+    found = _words(cfg, defaults)
+    for part in ("data", "model", "task", "trainer", "callbacks"):
+        found += _words_of_targets(cfg[part], part)
+    if found:
+        raise ValueError(f"{found[0][0]}: expected true or false, got {found[0][1]!r}")
+
+
+def _words(node: DictConfig, defaults: DictConfig, path: str = "") -> list[tuple[str, str]]:
+    """Keys that have true or false in `defaults` and text in `node`, with the text."""
+    found = []
+    for key in map(str, defaults):
+        value = None if OmegaConf.is_interpolation(defaults, key) else defaults[key]
+        if isinstance(value, DictConfig):
+            found += _words(node[key], value, f"{path}{key}.")
+        elif isinstance(value, bool) and isinstance(node[key], str):
+            found.append((f"{path}{key}", node[key]))
+    return found
+
+
+def _words_of_targets(node: Any, path: str) -> list[tuple[str, str]]:
+    """The same of arguments that a `_target_` declares as `bool`, or `bool | None`."""
+    if not isinstance(node, DictConfig):
+        return []
+    switches = _switches(get_object(node["_target_"])) if node.get("_target_") else frozenset()
+    found = []
+    for key in map(str, node):
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            continue
+        if isinstance(node[key], str) and key in switches:
+            found.append((f"{path}.{key}", node[key]))
+        found += _words_of_targets(node[key], f"{path}.{key}")
+    return found
+
+
+def _switches(target: Any) -> set[str]:
+    """Arguments that are true or false; of a class also those of its ancestors, to which it hands on the rest."""
+    classes = inspect.getmro(target)[::-1] if inspect.isclass(target) else ()
+    ways = [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [target]
+    kinds = {p.name: _kinds(p.annotation) for way in ways for p in inspect.signature(way).parameters.values()}
+    return {name for name, kind in kinds.items() if "bool" in kind and kind <= {"bool", "None", "NoneType"}}
+
+
+def _kinds(annotation: Any) -> set[str]:
+    if isinstance(annotation, str):
+        return {part.strip() for part in annotation.split("|")}
+    return {getattr(kind, "__name__", "") for kind in get_args(annotation) or (annotation,)}
 
 
 def data_stage(cfg: DictConfig) -> str:

@@ -5,14 +5,17 @@
 
 Reads the `predictions.parquet` of finished tests or predictions. Those of the same rows are averaged (probabilities;
 of a regression, values: Lakshminarayanan et al. 2017, arXiv:1612.01474), whatever networks they come from; runs of
-other rows, such as those of another fold, make another ensemble. Writes `predictions.parquet` of all rows, and, where
-labels are known, `metrics.json` and `table.md`.
+other rows, such as those of another fold, make another ensemble. `data.seed` decides the rows of a test that the data
+do not name: leave it as it is where `seed` changes. Writes `predictions.parquet` of all rows, and, where labels are
+known, `metrics.json` and `table.md`. Metrics have a test's names; they are exact, and calibration counts 15 bins,
+whatever `task.thresholds` and `task.calibration_bins` the runs had.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bimamba.files import write_whole
+from bimamba.files import beneath, write_whole
 from bimamba.predictions import Predictions, read_predictions, write_predictions
 from bimamba.tasks.metrics import make_metrics
 
@@ -36,9 +39,8 @@ class Ensemble(NamedTuple):
     joint: dict[str, float]
 
 
-def find_files(folders: Sequence[Path], out: Path) -> list[Path]:
-    """Each folder's own table of predictions, or else those beneath it, but not beneath one that has its own, nor in
-    `out`, where an earlier ensemble may lie.
+def find_files(folders: Sequence[Path]) -> list[Path]:
+    """Each folder's own table of predictions, or else those beneath it, but not beneath one that has its own.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -48,57 +50,71 @@ def find_files(folders: Sequence[Path], out: Path) -> list[Path]:
     for folder in folders:
         if not folder.exists():
             raise FileNotFoundError(f"expected a folder with runs, got {folder} (no such folder)")
-        files = [folder] if folder.is_file() else sorted(folder.rglob(FILE), key=lambda f: (len(f.parts), f))
         own: list[Path] = []
-        for file in files:
-            if file.parent.resolve() != out.resolve() and not any(other.parent in file.parents for other in own):
+        for file in [folder] if folder.is_file() else beneath(folder, FILE):
+            if not any(other.parent in file.parents for other in own):
                 own.append(file)
         if not own:
             raise ValueError(f"{folder}: no {FILE} in it or beneath it; runs write it when they test or predict")
-        found |= dict.fromkeys(file.resolve() for file in sorted(own))
+        found |= dict.fromkeys(file.resolve() for file in own)
     return list(found)
 
 
-def ensembles(files: Sequence[Path]) -> list[Ensemble]:
-    """One for each set of rows.
+def ensembles(files: Sequence[Path]) -> tuple[list[Ensemble], list[str]]:
+    """One for each set of rows, and remarks on what was left out: files that are ensembles themselves.
 
     Raises:
-        ValueError: fewer than two runs of some rows, rows that overlap without being the same, or other labels of the
-            same rows.
+        ValueError: rows without ids of their own, fewer than two runs of some rows, rows that overlap without being the
+            same, other labels of the same rows, or a prediction that is no number.
     """
-    groups: dict[tuple[str, ...], list[tuple[Path, Predictions]]] = {}
+    groups: dict[frozenset[str], list[tuple[Path, Predictions]]] = {}
+    first: dict[str, Path] = {}  # of each row
+    others = []
     for file in files:
         found = read_predictions(file)
-        groups.setdefault(tuple(found.ids), []).append((file, found))
-    seen: dict[str, Path] = {}
-    for ids, group in groups.items():
-        file = group[0][0]
-        if met := seen.keys() & set(ids):
+        if found.members > 1:
+            others.append(str(file))
+            continue
+        ids = frozenset(found.ids)
+        if len(ids) < len(found.ids):
+            name = Counter(found.ids).most_common(1)[0][0]
+            raise ValueError(f"{file}: several rows are called {name!r}, so that rows of two runs cannot be matched")
+        if not np.isfinite(found.probabilities).all():
+            raise ValueError(f"{file}: expected numbers as predictions, got NaN or infinity; leave this run out")
+        if ids not in groups and (met := first.keys() & ids):
             raise ValueError(
-                f"{seen[min(met)]} and {file} have {len(met)} rows in common, e.g. {min(met)!r}, but not all, or in "
-                "another order; give runs of the same test rows (data.seed says which they are)"
+                f"{first[min(met)]} and {file} have {len(met)} rows in common, e.g. {min(met)!r}, but not all; give "
+                "runs of the same test rows (with data.seed=0 beside seed=0,1,2 they are)"
             )
-        seen |= dict.fromkeys(ids, file)
+        groups.setdefault(ids, []).append((file, found))
+        first |= dict.fromkeys(ids - first.keys(), file)
+    for group in groups.values():
         if len(group) < 2:
-            raise ValueError(f"{file}: no other run has predictions of its rows; an ensemble needs at least two")
-    return [_ensemble(group) for group in groups.values()]
+            raise ValueError(
+                f"{group[0][0]}: no other run has predictions of its rows; an ensemble needs at least two runs of the "
+                "same test rows (with data.seed=0 beside seed=0,1,2 they are)"
+            )
+    if not groups:
+        raise ValueError(f"expected runs, got {', '.join(others)}, which is the mean of several already")
+    return [_ensemble(group) for group in groups.values()], others
 
 
 def _ensemble(group: Sequence[tuple[Path, Predictions]]) -> Ensemble:
     file, first = group[0]
-    for other, found in group[1:]:
+    tables = []
+    for other, found in group:
         for what in ("problem", "class_names"):
             if getattr(found, what) != getattr(first, what):
                 a, b = getattr(first, what), getattr(found, what)
                 raise ValueError(f"{what}: {file} has {a}, {other} has {b}")
-        same = first.labels is None or found.labels is None or np.array_equal(first.labels, found.labels)
-        if not same or (first.labels is None) != (found.labels is None):
+        tables.append(found.in_order(first.ids))
+        one, another = first.labels, tables[-1].labels
+        same = one is another if one is None or another is None else np.array_equal(one, another)
+        if not same:
             raise ValueError(f"{file} and {other} give the same rows different labels")
-    tables = [found for _, found in group]
-    mean = first._replace(
-        probabilities=np.stack([t.probabilities for t in tables]).mean(0, dtype=np.float64).astype("f4")
-    )
-    return Ensemble([f for f, _ in group], mean, [metrics_of(t) for t in tables], metrics_of(mean))
+    mean = np.stack([t.probabilities for t in tables]).mean(0, dtype=np.float64).astype(np.float32)
+    joint = first._replace(probabilities=mean, members=len(tables))
+    return Ensemble([f for f, _ in group], joint, [metrics_of(t) for t in tables], metrics_of(joint))
 
 
 def metrics_of(predictions: Predictions) -> dict[str, float]:
@@ -146,6 +162,8 @@ def _joined(tables: Sequence[Predictions]) -> Predictions:
 def write(folder: Path, found: Sequence[Ensemble]) -> None:
     """The mean's table of predictions; with labels also its metrics (means over ensembles) and the table of both."""
     write_predictions(folder / FILE, _joined([e.mean for e in found]).table())
+    for name in ("metrics.json", "table.md"):  # of an earlier ensemble with labels
+        (folder / name).unlink(missing_ok=True)
     if found[0].joint:
         mean = {name: float(np.mean([e.joint[name] for e in found])) for name in found[0].joint}
         write_whole(folder / "metrics.json", json.dumps(mean, indent=2, sort_keys=True) + "\n")
@@ -165,12 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Ensemble]:
     try:
         first = given.folders[0]
         out = given.out or (first.parent if first.is_file() else first) / "ensemble"
-        found = ensembles(find_files(given.folders, out))
+        found, others = ensembles(find_files(given.folders))
         write(out, found)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     if found[0].joint:
         print(markdown(found))
+    for file in others:
+        print(f"note: left out, an ensemble itself: {file}")
     print(f"{sum(len(e.files) for e in found)} runs, {sum(len(e.mean.ids) for e in found)} rows. Written to {out}")
     return found
 

@@ -1,4 +1,4 @@
-"""Small files that are either whole or not there."""
+"""Files: small ones that are either whole or not there, and those of one name beneath a folder."""
 
 from __future__ import annotations
 
@@ -11,3 +11,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
+
+
+def beneath(folder: Path, name: str) -> list[Path]:
+    """Files of this name in a folder and beneath it, those of a folder before those beneath it; links are followed."""
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(root)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        if name in files:
+            found.append(Path(root) / name)
+    return found

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bimamba.spec import DataSpec
 
-PROBLEM = "bimamba.problem"  # key of a table's metadata
+# Keys of a table's metadata
+PROBLEM = "bimamba.problem"
+MEMBERS = "bimamba.members"  # of an ensemble: of how many runs it is the mean
 
 
 class Decision(NamedTuple):
@@ -85,8 +88,19 @@ def prediction_table(spec: DataSpec, ids: list[str], probabilities: np.ndarray, 
 
 def _listed(names: tuple[str, ...], rows: np.ndarray) -> pa.Array:
     """The names that are above one half, row by row."""
-    chosen = [[n for n, v in zip(names, row, strict=True) if v > 0.5] for row in rows]
-    return pa.array(chosen, pa.list_(pa.string()))
+    chosen = rows > 0.5
+    ends = np.concatenate([[0], chosen.sum(1).cumsum()]).astype(np.int32)
+    text = pa.array(np.array(names, dtype=object)[chosen.nonzero()[1]], pa.string())
+    return pa.ListArray.from_arrays(pa.array(ends), text)
+
+
+def _unlisted(names: tuple[str, ...], column: pa.ChunkedArray) -> np.ndarray:
+    """The inverse of `_listed`, int64 `(n, k)`."""
+    lists = column.combine_chunks()
+    rows = np.zeros((len(lists), len(names)), np.int64)
+    places = pc.index_in(lists.flatten(), pa.array(names)).to_numpy()
+    rows[np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy()), places] = 1
+    return rows
 
 
 def write_predictions(path: Path, table: pa.Table) -> None:
@@ -103,32 +117,48 @@ class Predictions(NamedTuple):
     ids: list[str]
     probabilities: np.ndarray
     labels: np.ndarray | None
+    members: int = 1
 
     @property
     def spec(self) -> DataSpec:
         """Problem and names; what the inputs were a table does not say."""
         return DataSpec("sequence", self.problem, self.class_names, alphabet="N", max_length=1)
 
+    def in_order(self, ids: list[str]) -> Predictions:
+        """The same rows in the order of these ids, which are theirs, each once."""
+        if ids == self.ids:
+            return self
+        place = {name: i for i, name in enumerate(self.ids)}
+        rows = np.array([place[name] for name in ids])
+        labels = None if self.labels is None else self.labels[rows]
+        return self._replace(ids=ids, probabilities=self.probabilities[rows], labels=labels)
+
     def table(self) -> pa.Table:
-        return prediction_table(self.spec, self.ids, self.probabilities, self.labels)
+        table = prediction_table(self.spec, self.ids, self.probabilities, self.labels)
+        if self.members == 1:
+            return table
+        return table.replace_schema_metadata({**table.schema.metadata, MEMBERS: str(self.members)})
 
 
 def read_predictions(path: Path) -> Predictions:
     """The inverse of `write_predictions` and `prediction_table`.
 
     Raises:
-        ValueError: the file is damaged, or no table of predictions that says its problem.
+        ValueError: the file is damaged, no table of predictions that says its problem, or without rows.
     """
     try:
         table = pq.read_table(path)
     except pa.ArrowException as error:
         raise ValueError(f"{path}: expected a table of predictions as Parquet, got {error}") from error
-    problem = (table.schema.metadata or {}).get(PROBLEM.encode(), b"").decode()
+    notes = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    problem = notes.get(PROBLEM)
     if not problem:
         raise ValueError(
             f"{path}: its metadata have no {PROBLEM!r}; another program or an earlier version wrote it: test "
             "or predict again"
         )
+    if not len(table):
+        raise ValueError(f"{path}: expected predictions, got a table without rows")
     prefix = "prediction_" if problem == "regression" else "probability_"
     names = tuple(c.removeprefix(prefix) for c in table.column_names if c.startswith(prefix))
     values = np.stack([table[prefix + name].to_numpy() for name in names], axis=1)
@@ -137,9 +167,11 @@ def read_predictions(path: Path) -> Predictions:
         if f"label_{names[0]}" in table.column_names:
             labels = np.stack([table[f"label_{name}"].to_numpy() for name in names], axis=1)
     elif "label" in table.column_names:
-        place = {name: i for i, name in enumerate(names)}
-        if problem == "multilabel":
-            labels = np.array([[name in row for name in names] for row in table["label"].to_pylist()], dtype=np.int64)
-        else:
-            labels = np.array([place[name] for name in table["label"].to_pylist()], dtype=np.int64)
-    return Predictions(problem, names, table["id"].to_pylist(), values[:, 1] if problem == "binary" else values, labels)
+        labels = _unlisted(names, table["label"]) if problem == "multilabel" else _numbers(names, table["label"])
+    probabilities = values[:, 1] if problem == "binary" else values
+    return Predictions(problem, names, table["id"].to_pylist(), probabilities, labels, int(notes.get(MEMBERS, "1")))
+
+
+def _numbers(names: tuple[str, ...], column: pa.ChunkedArray) -> np.ndarray:
+    """Class numbers of class names, int64 `(n)`."""
+    return pc.index_in(column.combine_chunks(), pa.array(names)).to_numpy().astype(np.int64)

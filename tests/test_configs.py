@@ -1,6 +1,7 @@
 """Every experiment and every option of every group composes and is instantiated; experiments run one step."""
 
 import gzip
+import re
 import time
 from pathlib import Path
 
@@ -133,6 +134,25 @@ def test_options_of_another_choice_are_left_out(tmp_path, caplog):
         config.fit_options(composed(tmp_path, "model/embedding=pixels", "+model.embedding.patchsize=2"))
     with pytest.raises(ValueError, match=r"task\.optimizer\.beta: expected an option that torch\.optim\.AdamW takes"):
         config.fit_options(composed(tmp_path, "+task.optimizer.beta=1"))
+
+
+SWITCHES = [
+    "test=no",
+    "extras.print_config=off",
+    "task.test_time_flip=maybe",
+    "data.drop_last=n",
+    "data.pin_memory=off",
+]
+SWITCHES += ["model.mixer.tied=yes", "trainer.enable_progress_bar=no", "callbacks.average.warmup=on"]
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_words_are_no_switches(tmp_path, switch):
+    """To Hydra, `no` is a text, and to Python any text is true."""
+    key, _, word = switch.partition("=")
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}: expected true or false, got '{word}'"):
+        config.check_switches(composed(tmp_path, switch))
+    config.check_switches(composed(tmp_path, f"{key}=false"))
 
 
 def test_options_of_another_optimizer_are_left_out(tmp_path):

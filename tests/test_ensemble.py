@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from runs import DIGITS, run
 
-from bimamba.ensemble import main
+from bimamba.ensemble import FILE, main
 from bimamba.predictions import Predictions, read_predictions, write_predictions
 
 
@@ -30,8 +30,12 @@ def predictions(problem="binary", classes=2, ids="abcdef", seed=0, labels=True):
 
 
 def write(folder, found):
-    write_predictions(folder / "predictions.parquet", found.table())
+    write_predictions(folder / FILE, found.table())
     return folder
+
+
+def backwards(found):
+    return found.in_order(found.ids[::-1])
 
 
 @pytest.mark.parametrize(
@@ -42,14 +46,13 @@ def test_a_table_is_read_as_it_was_written_and_averaged(tmp_path, problem, class
     parts = [predictions(problem, classes, seed=s, labels=labels) for s in range(3)]
     for seed, part in enumerate(parts):
         write(tmp_path / "runs" / str(seed), part)
-    again = read_predictions(tmp_path / "runs" / "0" / "predictions.parquet")
+    again = read_predictions(tmp_path / "runs" / "0" / FILE)
     np.testing.assert_array_equal(again.probabilities, parts[0].probabilities)
     np.testing.assert_equal(again.labels, parts[0].labels)
     assert (again.problem, again.class_names, again.ids) == (problem, parts[0].class_names, list("abcdef"))
-    for _ in range(2):  # the second time an ensemble lies beneath the folder already
-        (found,) = main([str(tmp_path / "runs")])
-        assert len(found.files) == 3
-    joint = read_predictions(tmp_path / "runs" / "ensemble" / "predictions.parquet")
+    (found,) = main([str(tmp_path / "runs")])
+    assert len(found.files) == 3
+    joint = read_predictions(tmp_path / "runs" / "ensemble" / FILE)
     np.testing.assert_allclose(joint.probabilities, np.mean([p.probabilities for p in parts], 0), rtol=1e-6)
     assert (tmp_path / "runs" / "ensemble" / "metrics.json").exists() == labels
 
@@ -64,15 +67,32 @@ def test_one_network_twice_has_the_metrics_of_its_test(tmp_path):
     assert {"test/accuracy", "test/mcc", "test/auroc"} <= set(found.joint)
 
 
+def test_which_tables_count(tmp_path, capsys):
+    for seed in range(2):
+        write(tmp_path / "runs" / str(seed), predictions(seed=seed))
+    write(tmp_path / "elsewhere", backwards(predictions(seed=2)))
+    (tmp_path / "runs" / "2").symlink_to(tmp_path / "elsewhere")  # a run on another disk
+    (tmp_path / "runs" / "round").symlink_to(tmp_path / "runs")
+    write(tmp_path / "runs" / "0" / "test" / "now", predictions(seed=9))  # an evaluation beneath a run is no run
+    expected = np.mean([predictions(seed=s).probabilities for s in range(3)], 0)
+    for out in ("one", "two"):  # the second time an ensemble lies beneath the folder already
+        (found,) = main([str(tmp_path / "runs"), "--out", str(tmp_path / "runs" / out)])
+        assert len(found.files) == 3
+        np.testing.assert_allclose(found.mean.probabilities, expected, rtol=1e-6)
+    assert f"note: left out, an ensemble itself: {tmp_path / 'runs' / 'one' / FILE}" in capsys.readouterr().out
+    write(tmp_path / "runs" / "0", predictions(labels=False))
+    write(tmp_path / "runs" / "1", predictions(labels=False))
+    main([str(tmp_path / "runs" / name) for name in "01"] + ["--out", str(tmp_path / "runs" / "one")])
+    assert [f.name for f in (tmp_path / "runs" / "one").iterdir()] == [FILE]  # no metrics of the labelled ones
+
+
 def test_folds_are_ensembles_of_their_own(tmp_path, capsys):
     for fold, ids in enumerate(("abcdef", "ghijkl")):
         for seed in range(2):
             write(tmp_path / f"{fold}_{seed}", predictions(ids=ids, seed=seed + 5 * fold))
-    # an evaluation beneath a run is no run of its own
-    write(tmp_path / "0_0" / "test" / "now", predictions(ids="abcdef", seed=9))
     found = main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert [len(e.files) for e in found] == [2, 2]
-    assert read_predictions(tmp_path / "out" / "predictions.parquet").ids == list("abcdefghijkl")
+    assert read_predictions(tmp_path / "out" / FILE).ids == list("abcdefghijkl")
     accuracy = [e.joint["test/accuracy"] for e in found]
     text = (tmp_path / "out" / "table.md").read_text()
     assert text in capsys.readouterr().out and "| one run (n = 4) | mean of 2 runs (n = 2) |" in text
@@ -94,20 +114,30 @@ def test_bad_input(tmp_path):
     assert "no predictions.parquet in it or beneath it" in error(tmp_path / "empty")
     assert "no other run has predictions of its rows" in error(a)
     assert "no other run has predictions of its rows" in error(a, a)
-    assert "have 5 rows in common, e.g. 'b', but not all" in error(
-        a, b, write(tmp_path / "c", predictions(ids="bcdefg"))
-    )
+    c = write(tmp_path / "c", predictions(ids="bcdefg"))
+    for runs in ((a, c), (a, b, c)):
+        assert "have 5 rows in common, e.g. 'b', but not all" in error(*runs)
+    write(c, predictions(ids="abcdee"))
+    assert "several rows are called 'e'" in error(a, c)
+    broken = predictions()
+    broken.probabilities[1] = np.nan
+    write(c, broken)
+    assert "expected numbers as predictions, got NaN" in error(a, c)
+    write(c, predictions(ids=""))
+    assert "got a table without rows" in error(a, c)
+    write(c, predictions()._replace(members=3))
+    assert "which is the mean of several already" in error(c)
     other = predictions()
-    write(tmp_path / "c", other._replace(labels=1 - other.labels))
-    assert "give the same rows different labels" in error(a, tmp_path / "c")
-    write(tmp_path / "c", predictions(labels=False))
-    assert "give the same rows different labels" in error(a, tmp_path / "c")
-    write(tmp_path / "c", other._replace(class_names=("no", "maybe")))
-    assert "class_names: " in error(a, tmp_path / "c") and "('no', 'maybe')" in error(a, tmp_path / "c")
-    write(tmp_path / "c", predictions(ids="uvwxyz", labels=False))
+    write(c, other._replace(labels=1 - other.labels))
+    assert "give the same rows different labels" in error(a, c)
+    write(c, predictions(labels=False))
+    assert "give the same rows different labels" in error(a, c)
+    write(c, other._replace(class_names=("no", "maybe")))
+    assert "class_names: " in error(a, c) and "('no', 'maybe')" in error(a, c)
+    write(c, predictions(ids="uvwxyz", labels=False))
     write(tmp_path / "d", predictions(ids="uvwxyz", labels=False, seed=1))
-    assert "labels everywhere or nowhere" in error(a, b, tmp_path / "c", tmp_path / "d")
-    pq.write_table(pa.table({"id": ["x"]}), tmp_path / "c" / "predictions.parquet")
-    assert "its metadata have no 'bimamba.problem'" in error(a, tmp_path / "c")
-    (tmp_path / "c" / "predictions.parquet").write_bytes(b"PAR1 and no more")
-    assert "expected a table of predictions as Parquet" in error(a, tmp_path / "c")
+    assert "labels everywhere or nowhere" in error(a, b, c, tmp_path / "d")
+    pq.write_table(pa.table({"id": ["x"]}), c / FILE)
+    assert "its metadata have no 'bimamba.problem'" in error(a, c)
+    (c / FILE).write_bytes(b"PAR1 and no more")
+    assert "expected a table of predictions as Parquet" in error(a, c)
