@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from torch.distributed import get_world_size, is_initialized  # by name: cloudpickle (submitit) cannot send the package
 
 from bimamba import config
+from bimamba.allocator import keep_freed_memory
 from bimamba.callbacks import SaveOnInterrupt, StopOnInterrupt
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
 from bimamba.export import export
@@ -102,6 +103,8 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
             f"a sweep whose group has {started} processes by now: expected as many in each job that follows, got "
             f"{trainer.world_size}; run the others in a sweep of their own"
         )
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
 
