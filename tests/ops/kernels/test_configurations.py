@@ -72,14 +72,16 @@ def test_blocks_of_two_matrices(run, shift, untied):
 
 
 def test_gradients_walk_from_one_walk_a_processor_on(monkeypatch):
-    """In halves of n up to two; the forward pass from two walks a processor on."""
+    """In halves of n up to two; the forward pass from two walks a processor on, or, where n is large, like them."""
     monkeypatch.setattr(choosing, "_device", lambda device: choosing.Device(132, True, 232448))
-    expected = {6: (False, False, 64), 8: (False, True, 32), 16: (False, True, 32), 17: (True, True, 64)}
-    for b, (forward, backward, block_n) in expected.items():
-        t = Problem(b=b, l=4096, h=8, g=1, p=64, n=64, dtype=torch.bfloat16, device=torch.device("cpu"))
+    expected = {
+        64: {6: ((False, 64), (False, 64)), 8: ((False, 64), (True, 32)), 17: ((True, 64), (True, 64))},
+        128: {3: ((False, 64), (False, 64)), 4: ((True, 32), (True, 32)), 9: ((True, 64), (True, 64))},
+    }
+    for n, b in ((n, b) for n in expected for b in expected[n]):
+        t = Problem(b=b, l=4096, h=8, g=1, p=64, n=n, dtype=torch.bfloat16, device=torch.device("cpu"))
         passes = [choose(t, True, backward) for backward in (False, True)]
-        assert [c.walk for c in passes] == [forward, backward], b
-        assert [c.states_block_n for c in passes] == [64, block_n], b
+        assert tuple((c.walk, c.states_block_n) for c in passes) == expected[n][b], (n, b)
 
 
 SIZES = list(
