@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep blocks of up to 1 GiB when they are freed; whether it does.
 
     By default it maps blocks above 32 MB anew each time and unmaps them when they are freed, so that each page of each
-    large activation is a fault: of three training steps of `experiment=cifar10_patches_local`, batch 64, on two cores
-    22.4 s instead of 15.3, 12.6 of them in the kernel; their peak memory grows from 5.2 to 5.7 GB. Elsewhere, or where
+    large activation is a fault: three training steps of `experiment=cifar10_patches_local`, batch 64, took two cores
+    22.4 s, 12.6 of them in the kernel, and take 15.3; their peak memory grew from 5.2 to 5.7 GB. Elsewhere, or where
     the environment says otherwise (`MALLOC_MMAP_THRESHOLD_`, `GLIBC_TUNABLES`), nothing changes.
     """
     if platform.libc_ver()[0] != "glibc" or {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & set(os.environ):

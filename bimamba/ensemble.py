@@ -159,6 +159,15 @@ def _joined(tables: Sequence[Predictions]) -> Predictions:
     )
 
 
+def expect_room(folder: Path) -> None:
+    """Raises a ValueError where the results would take the place of a run's."""
+    there = [name for name in (FILE, "metrics.json") if (folder / name).exists()]
+    if there and (FILE not in there or read_predictions(folder / FILE).members == 1):
+        raise ValueError(
+            f"--out: expected a new folder, or an earlier ensemble's, got {folder}, which holds {there[0]}"
+        )
+
+
 def write(folder: Path, found: Sequence[Ensemble]) -> None:
     """The mean's table of predictions; with labels also its metrics (means over ensembles) and the table of both."""
     write_predictions(folder / FILE, _joined([e.mean for e in found]).table())
@@ -183,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Ensemble]:
     try:
         first = given.folders[0]
         out = given.out or (first.parent if first.is_file() else first) / "ensemble"
+        expect_room(out)
         found, others = ensembles(find_files(given.folders))
         write(out, found)
     except (ValueError, OSError) as error:

@@ -78,7 +78,7 @@ def test_gradients_walk_from_one_walk_a_processor_on(monkeypatch):
         64: {6: ((False, 64), (False, 64)), 8: ((False, 64), (True, 32)), 17: ((True, 64), (True, 64))},
         128: {3: ((False, 64), (False, 64)), 4: ((True, 32), (True, 32)), 9: ((True, 64), (True, 64))},
     }
-    for n, b in ((n, b) for n in expected for b in expected[n]):
+    for n, b in [(size, rows) for size, given in expected.items() for rows in given]:
         t = Problem(b=b, l=4096, h=8, g=1, p=64, n=n, dtype=torch.bfloat16, device=torch.device("cpu"))
         passes = [choose(t, True, backward) for backward in (False, True)]
         assert tuple((c.walk, c.states_block_n) for c in passes) == expected[n][b], (n, b)
