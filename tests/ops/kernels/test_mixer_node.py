@@ -45,7 +45,7 @@ def results(module, u, mask, seq_idx, recompute):
         (BiMamba2, {}),
         (BiMamba2, dict(tied=False, bias=True, mask=True)),
         (BiMamba2, dict(shift=True, seq=True, norm_before_gate=False)),
-        (BiMamba2, dict(ngroups=2, conv_bias=False, activation="none", dt_limit=(0.001, 0.1))),
+        (BiMamba2, dict(ngroups=2, headdim=8, conv_bias=False, activation="none", dt_limit=(0.001, 0.1))),
         (Mamba2, dict(mask=True, seq=True)),
     ],
     ids=str,
@@ -54,7 +54,7 @@ def test_node_equals_parts(kind, options):
     torch.manual_seed(0)
     options = dict(options)
     with_mask, with_seq = options.pop("mask", False), options.pop("seq", False)
-    module = kind(16, d_state=8, headdim=8, **options).to(DEVICE)
+    module = kind(16, **{"d_state": 8, "headdim": 16, **options}).to(DEVICE)
     u = torch.randn(2, L, 16, device=DEVICE)
     mask = (torch.arange(L, device=DEVICE) < torch.tensor([[L], [20]], device=DEVICE)) if with_mask else None
     seq_idx = (torch.arange(L, device=DEVICE) // 15).expand(2, L).contiguous() if with_seq else None
@@ -76,8 +76,8 @@ def test_what_the_node_cannot_do_is_checkpointed():
     torch.manual_seed(0)
     mask = torch.arange(L, device=DEVICE) < torch.tensor([[L], [20]], device=DEVICE)
     for module in (
-        BiMamba2(16, d_state=8, headdim=8, learnable_init_states=True),
-        BiMamba2(16, d_state=8, headdim=8, dt_limit=(0.01, 0.1)),
+        BiMamba2(16, d_state=8, headdim=16, learnable_init_states=True),
+        BiMamba2(16, d_state=8, headdim=16, dt_limit=(0.01, 0.1)),
     ):
         module = module.to(DEVICE)
         u = torch.randn(2, L, 16, device=DEVICE)
@@ -89,14 +89,14 @@ def test_what_the_node_cannot_do_is_checkpointed():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_an_empty_batch_is_refused_as_the_scan_refuses_it(recompute):
-    module = BiMamba2(16, d_state=8, headdim=8, use_mem_eff_path=recompute).to(DEVICE)
+    module = BiMamba2(16, d_state=8, headdim=16, use_mem_eff_path=recompute).to(DEVICE)
     with pytest.raises(ValueError, match="with no empty dimension"):
         module(torch.randn(0, L, 16, device=DEVICE))
 
 
 def test_node_under_autocast():
     torch.manual_seed(0)
-    module = BiMamba2(16, d_state=8, headdim=8).to(DEVICE)
+    module = BiMamba2(16, d_state=8, headdim=16).to(DEVICE)
     u = torch.randn(2, L, 16, device=DEVICE)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter's bf16 products are not reliable
     with torch.autocast(DEVICE, dtype=dtype):
@@ -117,7 +117,7 @@ def test_modules_with_listeners_are_called():
         def forward(self, u):
             return 2 * super().forward(u)
 
-    module, u = BiMamba2(16, d_state=8, headdim=8).to(DEVICE), torch.randn(1, 9, 16, device=DEVICE)
+    module, u = BiMamba2(16, d_state=8, headdim=16).to(DEVICE), torch.randn(1, 9, 16, device=DEVICE)
     plain = module(u)
     seen = []
     handle = module.norm.register_forward_hook(lambda *_: seen.append(1))
@@ -135,7 +135,7 @@ def test_modules_with_listeners_are_called():
 def test_operator(recompute, tied):
     """PyTorch's own checks of schema, fakes and autograd registration; compiled without a graph break."""
     torch.manual_seed(0)
-    module = BiMamba2(16, d_state=8, headdim=8, tied=tied, use_mem_eff_path=recompute).to(DEVICE)
+    module = BiMamba2(16, d_state=8, headdim=16, tied=tied, use_mem_eff_path=recompute).to(DEVICE)
     calls = []
 
     def seen(operator, function, direct, *args):
@@ -157,7 +157,7 @@ def test_operator(recompute, tied):
 
 
 def test_node_keeps_the_projection_alone():
-    module = BiMamba2(16, d_state=8, headdim=8, use_mem_eff_path=True).to(DEVICE)
+    module = BiMamba2(16, d_state=8, headdim=16, use_mem_eff_path=True).to(DEVICE)
     u = torch.randn(2, L, 16, device=DEVICE, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -172,7 +172,7 @@ def test_node_keeps_the_projection_alone():
 def test_single_tokens():
     """A dimension of size 1 may have any stride."""
     torch.manual_seed(0)
-    layer = BiMamba2(16, headdim=8, d_state=8).to(DEVICE)
+    layer = BiMamba2(16, headdim=16, d_state=8).to(DEVICE)
     projected = torch.randn(3, 1, layer.in_proj.out_features, device=DEVICE)
     odd = projected.as_strided(projected.shape, (projected.shape[2], 12345, 1))
     assert odd.is_contiguous() and odd.stride() != projected.stride()
@@ -188,7 +188,7 @@ def test_single_tokens():
 def test_columns_behind_the_projection_change_nothing():
     """On GPUs the projection is padded to whole rows of 16 bytes."""
     torch.manual_seed(0)
-    layer = BiMamba2(16, headdim=8, d_state=8, use_mem_eff_path=True).to(DEVICE)
+    layer = BiMamba2(16, headdim=16, d_state=8, use_mem_eff_path=True).to(DEVICE)
     projected = torch.randn(2, 9, layer.in_proj.out_features, device=DEVICE, requires_grad=True)
     padded = torch.nn.functional.pad(projected.detach(), (0, 4), value=7.0).requires_grad_()
     node = layer._as_one_node
