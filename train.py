@@ -26,7 +26,7 @@ from bimamba.allocator import keep_freed_memory
 from bimamba.callbacks import SaveOnInterrupt, StopOnInterrupt
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
 from bimamba.export import export
-from bimamba.files import write_whole
+from bimamba.files import write_json
 from bimamba.loggers import finish_wandb
 from bimamba.overrides import soften, with_checkpoint
 from bimamba.quiet import quiet
@@ -186,11 +186,6 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 @rank_zero_only
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A readable JSON file, whole or not there."""
-    write_whole(path, json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
-
-
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Hydra's entry; returns `optimized_metric` to a sweeper."""

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed import TCPStore
 
 from bimamba.checkpoint import has_resolver
+from bimamba.collect import flatten
 from bimamba.runs import find_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -100,21 +101,26 @@ def fit_options(cfg: DictConfig) -> None:
         rank_zero_info(f"note: {key} is left out: it was set for another choice, and {target} has no such option")
 
 
-def _strange_options(node: Any, path: str) -> Iterator[tuple[str, str, str]]:
-    """Options that no part takes: key, part, and what it takes."""
+def _targets(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """Each part of a configuration that has a `_target_`, with its key."""
     if not isinstance(node, DictConfig):
         return
-    target = node.get("_target_")
-    if target is not None:
-        taken = inspect.signature(get_object(target)).parameters.values()
+    if node.get("_target_") is not None:
+        yield path, node
+    for key in map(str, node):
+        if not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)):
+            yield from _targets(node[key], f"{path}.{key}")
+
+
+def _strange_options(node: Any, path: str) -> Iterator[tuple[str, str, str]]:
+    """Options that no part takes: key, part, and what it takes."""
+    for where, part in _targets(node, path):
+        taken = inspect.signature(get_object(part["_target_"])).parameters.values()
         names = [p.name for p in taken if p.kind is not p.VAR_KEYWORD]
         if len(names) == len(taken):
-            for key in map(str, node):
+            for key in map(str, part):
                 if not key.startswith("_") and key not in names:
-                    yield f"{path}.{key}", target, ", ".join(names)
-    for key in map(str, node):
-        if not OmegaConf.is_missing(node, key):
-            yield from _strange_options(node[key], f"{path}.{key}")
+                    yield f"{where}.{key}", part["_target_"], ", ".join(names)
 
 
 def check_switches(cfg: DictConfig) -> None:
@@ -123,39 +129,16 @@ def check_switches(cfg: DictConfig) -> None:
     Raises:
         ValueError: a switch that is neither true nor false.
     """
-    defaults: Any = OmegaConf.load(CONFIGS / "train.yaml")
-    found = _words(cfg, defaults)
-    for part in ("data", "model", "task", "trainer", "callbacks"):
-        found += _words_of_targets(cfg[part], part)
-    if found:
-        raise ValueError(f"{found[0][0]}: expected true or false, got {found[0][1]!r}")
-
-
-def _words(node: DictConfig, defaults: DictConfig, path: str = "") -> list[tuple[str, str]]:
-    """Keys that have true or false in `defaults` and text in `node`, with the text."""
-    found = []
-    for key in map(str, defaults):
-        value = None if OmegaConf.is_interpolation(defaults, key) else defaults[key]
-        if isinstance(value, DictConfig):
-            found += _words(node[key], value, f"{path}{key}.")
-        elif isinstance(value, bool) and isinstance(node[key], str):
-            found.append((f"{path}{key}", node[key]))
-    return found
-
-
-def _words_of_targets(node: Any, path: str) -> list[tuple[str, str]]:
-    """The same of arguments that a `_target_` declares as `bool`, or `bool | None`."""
-    if not isinstance(node, DictConfig):
-        return []
-    switches = _switches(get_object(node["_target_"])) if node.get("_target_") else frozenset()
-    found = []
-    for key in map(str, node):
-        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
-            continue
-        if isinstance(node[key], str) and key in switches:
-            found.append((f"{path}.{key}", node[key]))
-        found += _words_of_targets(node[key], f"{path}.{key}")
-    return found
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)
+    switches = [key for key, value in flatten(defaults).items() if isinstance(value, bool)]
+    for section in ("data", "model", "task", "trainer", "callbacks"):
+        for path, part in _targets(cfg[section], section):
+            own = _switches(get_object(part["_target_"])) & {str(key) for key in part}
+            switches += [f"{path}.{key}" for key in sorted(own) if not OmegaConf.is_interpolation(part, key)]
+    for key in switches:
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, str):
+            raise ValueError(f"{key}: expected true or false, got {value!r}")
 
 
 def _switches(target: Any) -> set[str]:

@@ -14,7 +14,6 @@ whatever `task.thresholds` and `task.calibration_bins` the runs had.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bimamba.files import beneath, write_whole
-from bimamba.predictions import Predictions, read_predictions, write_predictions
-from bimamba.tasks.metrics import make_metrics
-
-FILE = "predictions.parquet"
+from bimamba.files import beneath, write_json, write_whole
+from bimamba.predictions import FILE, Predictions, read_predictions, write_predictions
+from bimamba.tasks.metrics import make_metrics, metric_inputs
 
 
 class Ensemble(NamedTuple):
@@ -123,9 +120,7 @@ def metrics_of(predictions: Predictions) -> dict[str, float]:
         return {}
     metrics = make_metrics(predictions.spec, "test/")
     probabilities, labels = torch.from_numpy(predictions.probabilities), torch.from_numpy(predictions.labels)
-    if predictions.problem == "regression" and probabilities.shape[1] == 1:
-        probabilities, labels = probabilities[:, 0], labels[:, 0]
-    metrics.update(probabilities, labels)
+    metrics.update(*metric_inputs(predictions.problem, probabilities, labels))
     return {name: float(value.float().mean()) for name, value in metrics.compute().items()}
 
 
@@ -175,7 +170,7 @@ def write(folder: Path, found: Sequence[Ensemble]) -> None:
         (folder / name).unlink(missing_ok=True)
     if found[0].joint:
         mean = {name: float(np.mean([e.joint[name] for e in found])) for name in found[0].joint}
-        write_whole(folder / "metrics.json", json.dumps(mean, indent=2, sort_keys=True) + "\n")
+        write_json(folder / "metrics.json", mean)
         write_whole(folder / "table.md", markdown(found))
 
 

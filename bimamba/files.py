@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -11,6 +14,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A readable JSON file, whole or not there."""
+    write_whole(path, json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
 
 
 def beneath(folder: Path, name: str) -> list[Path]:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from bimamba.spec import DataSpec
 
+FILE = "predictions.parquet"  # of a test or prediction, in its folder
 # Keys of a table's metadata
 PROBLEM = "bimamba.problem"
 MEMBERS = "bimamba.members"  # of an ensemble: of how many runs it is the mean

@@ -137,13 +137,9 @@ def test_options_of_another_choice_are_left_out(tmp_path, caplog):
 
 
 SWITCHES = [
-    "test=no",
-    "extras.print_config=off",
-    "task.test_time_flip=maybe",
-    "data.drop_last=n",
-    "data.pin_memory=off",
+    *("test=no", "extras.print_config=off", "task.test_time_flip=maybe", "data.drop_last=n", "data.pin_memory=off"),
+    *("model.mixer.tied=yes", "trainer.enable_progress_bar=no", "callbacks.average.warmup=on"),
 ]
-SWITCHES += ["model.mixer.tied=yes", "trainer.enable_progress_bar=no", "callbacks.average.warmup=on"]
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

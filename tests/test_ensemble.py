@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from runs import DIGITS, run
 
-from bimamba.ensemble import FILE, main
-from bimamba.predictions import Predictions, read_predictions, write_predictions
+from bimamba.ensemble import main
+from bimamba.predictions import FILE, Predictions, read_predictions, write_predictions
 
 
 def predictions(problem="binary", classes=2, ids="abcdef", seed=0, labels=True):
@@ -59,9 +59,8 @@ def test_a_table_is_read_as_it_was_written_and_averaged(tmp_path, problem, class
 
 def test_one_network_twice_has_the_metrics_of_its_test(tmp_path):
     tested = run(tmp_path / "a", *DIGITS, "trainer.max_epochs=1", "logger=none", "callbacks.learning_curves=null")
-    (found,) = main(
-        [*[str(tmp_path / "a")], str(write(tmp_path / "b", read_predictions(tmp_path / "a/predictions.parquet")))]
-    )
+    again = write(tmp_path / "b", read_predictions(tmp_path / "a" / FILE))
+    (found,) = main([str(tmp_path / "a"), str(again)])
     for metrics in (*found.single, found.joint, json.loads((tmp_path / "a/ensemble/metrics.json").read_text())):
         assert metrics == {name: pytest.approx(tested[name], abs=1e-6) for name in metrics}
     assert {"test/accuracy", "test/mcc", "test/auroc"} <= set(found.joint)

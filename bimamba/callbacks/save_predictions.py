@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from bimamba import plots
 from bimamba.figures import save_figure
-from bimamba.predictions import class_probabilities, predicted_class, prediction_table, write_predictions
+from bimamba.predictions import FILE, class_probabilities, predicted_class, prediction_table, write_predictions
 from bimamba.spec import DataSpec, spec_of
 
 
@@ -73,7 +73,7 @@ class SavePredictions(Callback):
             order = np.sort(np.unique(ids, return_index=True)[1]) if len(parts) > 1 else np.arange(len(ids))
         ids, probabilities = [ids[i] for i in order], probabilities[order]
         labels = None if labels is None else labels[order]
-        write_predictions(self.output_dir / "predictions.parquet", prediction_table(spec, ids, probabilities, labels))
+        write_predictions(self.output_dir / FILE, prediction_table(spec, ids, probabilities, labels))
         if labels is not None and not trainer.fast_dev_run:
             self._plot(trainer, spec, stage, probabilities, labels)
 

@@ -168,6 +168,16 @@ def _multilabel(k: int, n_bins: int, thresholds: int | None) -> dict[str, Metric
     }
 
 
+def metric_inputs(problem: str, probability: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """What `make_metrics` takes, from probabilities as of `losses.probabilities` and a batch's labels, mixed or not."""
+    if problem == "regression":
+        label = label.float()
+        return (probability[:, 0], label[:, 0]) if probability.shape[1] == 1 else (probability, label)
+    if label.is_floating_point() and problem == "multiclass":
+        return probability, label.argmax(-1)  # of a mixed sample: the class that has the larger share
+    return probability, (label + 0.5).long() if label.is_floating_point() else label
+
+
 def make_metrics(spec: DataSpec, prefix: str, n_bins: int = 15, thresholds: int | None = None) -> MetricCollection:
     """Every scalar metric of a problem, to be accumulated over an epoch and over processes.
 

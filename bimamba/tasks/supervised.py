@@ -15,7 +15,7 @@ from bimamba.spec import DataSpec
 from bimamba.strands import complements_for, other_strand
 from bimamba.tasks.base import Batch, Task
 from bimamba.tasks.losses import SampleLoss, probabilities
-from bimamba.tasks.metrics import make_confusion_matrix, make_metrics, make_train_metric
+from bimamba.tasks.metrics import make_confusion_matrix, make_metrics, make_train_metric, metric_inputs
 
 
 class SupervisedTask(Task):
@@ -125,22 +125,16 @@ class SupervisedTask(Task):
             out["loss"] = sample_loss.mean()
             self.train_loss.update(out["sample_loss"])
             if self.train_accuracy is not None:
-                self.train_accuracy.update(*self._metric_inputs(probabilities(self.spec, logits.detach()), label))
+                self.train_accuracy.update(
+                    *metric_inputs(self.spec.problem, probabilities(self.spec, logits.detach()), label)
+                )
             return out
-        inputs = self._metric_inputs(out["probabilities"], label)
+        inputs = metric_inputs(self.spec.problem, out["probabilities"], label)
         self.epoch_losses[stage].update(out["sample_loss"])
         self.epoch_metrics[stage].update(*inputs)
         if stage in self.epoch_confusion:
             self.epoch_confusion[stage].update(*inputs)
         return out
-
-    def _metric_inputs(self, probability: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        if self.spec.problem == "regression":
-            label = label.float()
-            return (probability[:, 0], label[:, 0]) if probability.shape[1] == 1 else (probability, label)
-        if label.is_floating_point() and self.spec.problem == "multiclass":
-            return probability, label.argmax(-1)  # of a mixed sample: the class that has the larger share
-        return probability, (label + 0.5).long() if label.is_floating_point() else label
 
     def train_metrics(self) -> dict[str, Metric]:
         accuracy = {} if self.train_accuracy is None else {"train/accuracy": self.train_accuracy}
