@@ -91,9 +91,9 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
         datamodule.prepare_data()
     datamodule.setup(data_stage)
     if data_stage != "predict":
-        write_json(output_dir / "preflight.json", datamodule.preflight())
+        record(output_dir / "preflight.json", datamodule.preflight())
     spec = datamodule.spec
-    write_json(output_dir / "spec.json", spec.to_dict())
+    record(output_dir / "spec.json", spec.to_dict())
 
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
     task: Any = make_task(cfg, spec, saved, checkpoint)
@@ -127,7 +127,7 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     else:
         trainer.predict(task, datamodule=datamodule, return_predictions=False)
         metrics |= task.predict_metrics
-    write_json(output_dir / "metrics.json", metrics)
+    record(output_dir / "metrics.json", metrics)
     config.show_results(metrics, output_dir, cfg.stage)
     return metrics
 
@@ -186,6 +186,11 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 @rank_zero_only
+def record(path: Path, values: Mapping[str, Any]) -> None:
+    """A small JSON file of the run; all its processes hold the same values, and the first one writes them."""
+    write_json(path, values)
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Hydra's entry; returns `optimized_metric` to a sweeper."""

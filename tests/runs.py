@@ -59,6 +59,12 @@ def run(output_dir: Path, *overrides: str, choices: dict | None = None) -> dict[
         return train.train(cfg, typed, choices or {})
 
 
+def entered(output_dir: Path, *overrides: str) -> None:
+    """`python train.py *overrides` by way of Hydra's entry; for a forked process, whose `sys.argv` is its own."""
+    sys.argv = ["train.py", "--config-path", str(ROOT / "configs"), *overrides, f"paths.output_dir={output_dir}"]
+    train.main()
+
+
 def load(path: Path) -> dict:
     """A checkpoint, the safe way."""
     return torch.load(path, map_location="cpu", weights_only=True)

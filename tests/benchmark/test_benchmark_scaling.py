@@ -57,6 +57,7 @@ def test_all_parts(forked, tmp_path, capsys):
         str(tmp_path),
     ]
     rows = benchmark_scaling.main([*given, "--work", str(tmp_path / "work")])
+    assert [r["result"] for r in rows if not r["result"].startswith("ok")] == []
     assert [(r["part"], r["run"], r["GPUs"]) for r in rows] == [
         ("curves", "single", 1),
         ("curves", "ddp 2", 2),
@@ -68,7 +69,6 @@ def test_all_parts(forked, tmp_path, capsys):
         ("throughput", "ddp", 2),
         ("throughput", "ddp cap", 2),
     ]
-    assert [r["result"] for r in rows if not r["result"].startswith("ok")] == []
     assert 0 < rows[1]["max diff"] < 1e-3 and rows[0]["max diff"] == 0
     for row in rows[7:]:
         assert row["efficiency"] == pytest.approx(row["samples/s"] / rows[6]["samples/s"] / 2)
