@@ -1,5 +1,6 @@
 """Set before anything imports torch, triton, wandb or matplotlib: tests are quiet, offline and fair to both cores."""
 
+import contextlib
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -14,3 +15,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run on CPU tensors, by Triton's interpreter
+    with contextlib.suppress(ImportError):  # no Triton: tests that need it say so
+        from interpreter import patch_once_a_launch
+
+        patch_once_a_launch()

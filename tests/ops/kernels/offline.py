@@ -1,9 +1,8 @@
 """Compiles what the launchers launch, without a GPU: `python tests/ops/kernels/offline.py cuda:90 bfloat16 '{"b": 8}'`.
 
 The launchers run on empty CPU tensors with `JITFunction.run` replaced: it takes the very arguments of each launch and
-compiles the kernel for the target asked for. Prints kernel, registers, spills and shared memory, one line each. Must
-run
-in a process without TRITON_INTERPRET.
+compiles the kernel for the target asked for. Prints kernel, registers, spills and shared memory, one line each. Runs
+without TRITON_INTERPRET alone.
 """
 
 import json
