@@ -17,9 +17,10 @@ def keep_freed_memory() -> bool:
     By default it maps blocks above 32 MB anew each time and unmaps them when they are freed, so that each page of each
     large activation is a fault: three training steps of `experiment=cifar10_patches_local`, batch 64, took two cores
     22.4 s, 12.6 of them in the kernel, and take 15.3; their peak memory grew from 5.2 to 5.7 GB. Elsewhere, or where
-    the environment says otherwise (`MALLOC_MMAP_THRESHOLD_`, `GLIBC_TUNABLES`), nothing changes.
+    the environment sets anything of malloc's (`MALLOC_…_`, `GLIBC_TUNABLES`), nothing changes.
     """
-    if platform.libc_ver()[0] != "glibc" or {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & set(os.environ):
+    told = any(name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name.endswith("_")) for name in os.environ)
+    if platform.libc_ver()[0] != "glibc" or told:
         return False
     libc = ctypes.CDLL(None)
     # Older versions refuse a threshold above 32 MB: then memory must not be kept either, it would only lie about

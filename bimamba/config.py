@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import get_object
@@ -27,6 +27,7 @@ from bimamba.runs import find_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("fit", "test", "predict", "explain", "export")
+WORDS = ("yes", "no", "on", "off")  # true and false in YAML, text to Hydra
 
 
 # ----------------------------------------------------------------------------------------------------- before anything
@@ -112,10 +113,22 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
             yield from _targets(node[key], f"{path}.{key}")
 
 
+def _target(part: DictConfig, path: str) -> Any:
+    """The class or function that a part of the configuration names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return get_object(part["_target_"])
+    except ImportError as error:
+        raise ValueError(f"{path}._target_: {error}") from error
+
+
 def _strange_options(node: Any, path: str) -> Iterator[tuple[str, str, str]]:
     """Options that no part takes: key, part, and what it takes."""
     for where, part in _targets(node, path):
-        taken = inspect.signature(get_object(part["_target_"])).parameters.values()
+        taken = inspect.signature(_target(part, where)).parameters.values()
         names = [p.name for p in taken if p.kind is not p.VAR_KEYWORD]
         if len(names) == len(taken):
             for key in map(str, part):
@@ -126,33 +139,51 @@ def _strange_options(node: Any, path: str) -> Iterator[tuple[str, str, str]]:
 def check_switches(cfg: DictConfig) -> None:
     """Refuse words where a switch is meant: `no` and `off` are text to Hydra, and any text counts as true.
 
+    Any text is refused where the part that takes an option declares it as a switch; these words wherever it does not
+    say that it takes text: among its `**options`, in a table of settings, beside named choices (`bool | Literal["x"]`).
+
     Raises:
         ValueError: a switch that is neither true nor false.
     """
     defaults: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)
-    switches = [key for key, value in flatten(defaults).items() if isinstance(value, bool)]
-    for section in ("data", "model", "task", "trainer", "callbacks"):
-        for path, part in _targets(cfg[section], section):
-            own = _switches(get_object(part["_target_"])) & {str(key) for key in part}
-            switches += [f"{path}.{key}" for key in sorted(own) if not OmegaConf.is_interpolation(part, key)]
-    for key in switches:
-        value = OmegaConf.select(cfg, key)
-        if isinstance(value, str):
-            raise ValueError(f"{key}: expected true or false, got {value!r}")
+    for key in (key for key, value in flatten(defaults).items() if isinstance(value, bool)):
+        _expect_switch(key, OmegaConf.select(cfg, key), {"bool"})
+    sections = ("data", "model", "task", "trainer", "callbacks", "logger")
+    for section in (*sections, "explain") if cfg.stage == "explain" else sections:
+        _check_switches(cfg[section], section)
 
 
-def _switches(target: Any) -> set[str]:
-    """Arguments that are true or false; of a class also those of its ancestors, to which it hands on the rest."""
+def _check_switches(node: Any, path: str) -> None:
+    if not isinstance(node, DictConfig):
+        return
+    kinds = _kinds_of_arguments(_target(node, path)) if node.get("_target_") is not None else {}
+    for key in map(str, node):
+        if not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)):
+            _expect_switch(f"{path}.{key}", node[key], kinds.get(key, {"bool", "unknown"}))
+            _check_switches(node[key], f"{path}.{key}")
+
+
+def _expect_switch(key: str, value: Any, kinds: set[str]) -> None:
+    if not isinstance(value, str) or "bool" not in kinds or "str" in kinds:
+        return
+    choices = kinds - {"bool", "None", "NoneType"}
+    if not choices or (value.lower() in WORDS and not any(repr(value) in c.replace('"', "'") for c in choices)):
+        raise ValueError(f"{key}: expected true or false, got {value!r}")
+
+
+def _kinds_of_arguments(target: Any) -> dict[str, set[str]]:
+    """Types of each argument; of a class also those of its ancestors, to which it hands on the rest."""
     classes = inspect.getmro(target)[::-1] if inspect.isclass(target) else ()
     ways = [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [target]
-    kinds = {p.name: _kinds(p.annotation) for way in ways for p in inspect.signature(way).parameters.values()}
-    return {name for name, kind in kinds.items() if "bool" in kind and kind <= {"bool", "None", "NoneType"}}
+    given = [p for way in ways for p in inspect.signature(way).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return {p.name: _kinds(p.annotation) for p in given}
 
 
 def _kinds(annotation: Any) -> set[str]:
     if isinstance(annotation, str):
         return {part.strip() for part in annotation.split("|")}
-    return {getattr(kind, "__name__", "") for kind in get_args(annotation) or (annotation,)}
+    kinds = (annotation,) if get_origin(annotation) is Literal else get_args(annotation) or (annotation,)
+    return {kind.__name__ if isinstance(kind, type) else str(kind) for kind in kinds}
 
 
 def data_stage(cfg: DictConfig) -> str:

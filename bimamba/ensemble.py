@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from bimamba.files import beneath, write_json, write_whole
-from bimamba.predictions import FILE, Predictions, read_predictions, write_predictions
+from bimamba.predictions import FILE, Predictions, is_mean, read_predictions, write_predictions
 from bimamba.tasks.metrics import make_metrics, metric_inputs
 
 
@@ -39,22 +39,30 @@ class Ensemble(NamedTuple):
 def find_files(folders: Sequence[Path]) -> list[Path]:
     """Each folder's own table of predictions, or else those beneath it, but not beneath one that has its own.
 
+    An ensemble's table hides none: the runs that it is of may lie beneath it. It is among those found, after them.
+
     Raises:
         FileNotFoundError: no such folder.
         ValueError: none in or beneath one.
     """
     found: dict[Path, None] = {}
+    means: dict[Path, None] = {}
     for folder in folders:
         if not folder.exists():
             raise FileNotFoundError(f"expected a folder with runs, got {folder} (no such folder)")
         own: list[Path] = []
-        for file in [folder] if folder.is_file() else beneath(folder, FILE):
-            if not any(other.parent in file.parents for other in own):
+        files = [folder] if folder.is_file() else beneath(folder, FILE)
+        for file in files:
+            if any(other.parent in file.parents for other in own):
+                continue
+            if is_mean(file):
+                means[file.resolve()] = None
+            else:
                 own.append(file)
-        if not own:
+        if not files:
             raise ValueError(f"{folder}: no {FILE} in it or beneath it; runs write it when they test or predict")
         found |= dict.fromkeys(file.resolve() for file in own)
-    return list(found)
+    return [*found, *means]
 
 
 def ensembles(files: Sequence[Path]) -> tuple[list[Ensemble], list[str]]:
@@ -79,8 +87,10 @@ def ensembles(files: Sequence[Path]) -> tuple[list[Ensemble], list[str]]:
         if not np.isfinite(found.probabilities).all():
             raise ValueError(f"{file}: expected numbers as predictions, got NaN or infinity; leave this run out")
         if ids not in groups and (met := first.keys() & ids):
+            other = first[min(met)]
+            common = sum(first[row] == other for row in met)
             raise ValueError(
-                f"{first[min(met)]} and {file} have {len(met)} rows in common, e.g. {min(met)!r}, but not all; give "
+                f"{other} and {file} have {common} rows in common, e.g. {min(met)!r}, but not all; give "
                 "runs of the same test rows (with data.seed=0 beside seed=0,1,2 they are)"
             )
         groups.setdefault(ids, []).append((file, found))

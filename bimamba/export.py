@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "model.pt2"
 # What decides the rows that a figure is of; an evaluation on others does not belong into a model's card.
 ROWS = ("_target_", "source", "path", "task", "seed", "val_fraction", "test_fraction", "num_folds", "fold", "fold_role")
+VIEWS = ("test_time_rc", "test_time_flip")  # and what decides how often each of them is looked at
 
 
 @rank_zero_only
@@ -127,21 +128,28 @@ def find_metrics(ckpt_path: Path, config: Mapping[str, Any]) -> tuple[dict[str, 
     run = run_folder(ckpt_path)
     if run is None:
         return {}, ""
+    views = _views(config)
+    said = f", by task.{views[0]} (the model itself gives the logits of one view)" if views else ""
     if ckpt_path.name == "best.ckpt":  # the one that train.py tests after fit
         found = _test_figures(run / "metrics.json")
         if found:
-            return found, "the test rows, once, with the checkpoint that validation chose"
+            return found, f"the test rows, once, with the checkpoint that validation chose{said}"
     for folder in sorted((run / "test").glob("*/"), reverse=True):
         if not (folder / "config.yaml").is_file():
             continue
-        of = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        assert isinstance(of, dict)
+        of: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
         same = all(of.get("data", {}).get(k) == config.get("data", {}).get(k) for k in ROWS)
+        same &= _views(of) == views
         if same and Path(of["ckpt_path"]).resolve() == ckpt_path.resolve():
             found = _test_figures(folder / "metrics.json")
             if found:
-                return found, f"the test rows, by stage=test ({folder.name})"
+                return found, f"the test rows, by stage=test ({folder.name}){said}"
     return {}, ""
+
+
+def _views(config: Mapping[str, Any]) -> list[str]:
+    """Switches of the task by which test figures are of the mean of two views of each row; the model gives one."""
+    return [name for name in VIEWS if config.get("task", {}).get(name)]
 
 
 def _test_figures(path: Path) -> dict[str, float]:

@@ -173,6 +173,15 @@ def read_predictions(path: Path) -> Predictions:
     return Predictions(problem, names, table["id"].to_pylist(), probabilities, labels, int(notes.get(MEMBERS, "1")))
 
 
+def is_mean(path: Path) -> bool:
+    """Whether a table is an ensemble's, by its metadata alone; of a file that is no table: no."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        return False
+    return MEMBERS.encode() in metadata
+
+
 def _numbers(names: tuple[str, ...], column: pa.ChunkedArray) -> np.ndarray:
     """Class numbers of class names, int64 `(n)`."""
     return pc.index_in(column.combine_chunks(), pa.array(names)).to_numpy().astype(np.int64)

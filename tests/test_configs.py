@@ -139,16 +139,35 @@ def test_options_of_another_choice_are_left_out(tmp_path, caplog):
 SWITCHES = [
     *("test=no", "extras.print_config=off", "task.test_time_flip=maybe", "data.drop_last=n", "data.pin_memory=off"),
     *("model.mixer.tied=yes", "trainer.enable_progress_bar=no", "callbacks.average.warmup=on"),
+    # beside other choices, among options that are handed on, in a table of settings, of a logger and of a stage
+    *("callbacks.model_checkpoint.save_last=no", "trainer.deterministic=off", "logger=wandb logger.wandb.log_code=no"),
+    *("logger=wandb logger.wandb.log_model=off", "trainer=ddp trainer.strategy.static_graph=yes"),
+    "stage=explain explain.saliency.enabled=no",
 ]
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_words_are_no_switches(tmp_path, switch):
     """To Hydra, `no` is a text, and to Python any text is true."""
+    *others, switch = switch.split()
     key, _, word = switch.partition("=")
     with pytest.raises(ValueError, match=rf"^{re.escape(key)}: expected true or false, got '{word}'"):
-        config.check_switches(composed(tmp_path, switch))
-    config.check_switches(composed(tmp_path, f"{key}=false"))
+        config.check_switches(composed(tmp_path, *others, switch))
+    config.check_switches(composed(tmp_path, *others, f"{key}=false"))
+
+
+@pytest.mark.parametrize(
+    "text", ["callbacks.model_checkpoint.save_last=link", "trainer.deterministic=warn", "data.source.label_column=no"]
+)
+def test_words_are_words_where_words_are_meant(tmp_path, text):
+    config.check_switches(composed(tmp_path, "experiment=sequences_csv", "data.path=x.csv", text))
+
+
+@pytest.mark.parametrize("part", ["callbacks.model_checkpoint", "data", "model.mixer"])
+def test_a_class_that_is_not_there_is_named(tmp_path, part):
+    cfg = composed(tmp_path, f"{part}._target_=bimamba.Nope")
+    with pytest.raises(ValueError, match=rf"^{re.escape(part)}\._target_: .*bimamba\.Nope"):
+        config.check_switches(cfg)
 
 
 def test_options_of_another_optimizer_are_left_out(tmp_path):

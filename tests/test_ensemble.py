@@ -74,7 +74,8 @@ def test_which_tables_count(tmp_path, capsys):
     (tmp_path / "runs" / "round").symlink_to(tmp_path / "runs")
     write(tmp_path / "runs" / "0" / "test" / "now", predictions(seed=9))  # an evaluation beneath a run is no run
     expected = np.mean([predictions(seed=s).probabilities for s in range(3)], 0)
-    for out in ("one", "two"):  # the second time an ensemble lies beneath the folder already
+    # an ensemble lies beneath the folder already, or in it
+    for out in ("one", "two", ".", "."):
         (found,) = main([str(tmp_path / "runs"), "--out", str(tmp_path / "runs" / out)])
         assert len(found.files) == 3
         np.testing.assert_allclose(found.mean.probabilities, expected, rtol=1e-6)

@@ -95,14 +95,17 @@ def test_figures_are_those_of_the_same_weights_and_rows(fitted, tmp_path):
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     config = load(last)["config"]
     assert export.find_metrics(last, config) == ({}, "")
-    for name, change in (("1", {"data.seed": 1}), ("2", {}), ("3", {"ckpt_path": "other.ckpt"})):
-        out = tmp_path / "run" / "test" / name
+    task = {**config["task"], "test_time_flip": True}
+    changes = {"data": {**config["data"], "seed": 1}}, {}, {"ckpt_path": "other.ckpt"}, {"task": task}
+    for number, change in enumerate(changes, 1):
+        out = tmp_path / "run" / "test" / str(number)
         out.mkdir(parents=True)
-        data = {**config["data"], **({"seed": 1} if "data.seed" in change else {})}
-        evaluated = {"data": data, "ckpt_path": change.get("ckpt_path", str(last))}
+        evaluated = {"data": config["data"], "task": config["task"], "ckpt_path": str(last)} | change
         (out / "config.yaml").write_text(json.dumps(evaluated, default=str))
-        (out / "metrics.json").write_text(json.dumps({"test/accuracy": int(name) / 10, "val/loss": 1.0}))
+        (out / "metrics.json").write_text(json.dumps({"test/accuracy": number / 10, "val/loss": 1.0}))
     assert export.find_metrics(last, config) == ({"test/accuracy": 0.2}, "the test rows, by stage=test (2)")
+    figures, of = export.find_metrics(last, {**config, "task": task})  # trained by a configuration that looks twice
+    assert figures == {"test/accuracy": 0.4} and "by task.test_time_flip" in of
     alone = shutil.copy(last, tmp_path / "alone.ckpt")
     assert export.find_metrics(alone, config) == ({}, "")
 

@@ -102,7 +102,8 @@ class SupervisedTask(Task):
         else:
             packing = Packing(*(batch[name] for name in Packing._fields)) if "seq_idx" in batch else None
             other = other_strand(batch["inputs"], self.complement, batch.get("mask"), packing)
-        return (self(batch) + self({**batch, "inputs": other})) / 2
+        here = self(batch).clone()  # a CUDA graph's output lies where the next call's will
+        return (here + self({**batch, "inputs": other})) / 2
 
     def shared_step(self, batch: Batch, stage: str) -> dict[str, Any]:
         """Logits, loss and probabilities of a batch, and the update of the stage's metrics.
