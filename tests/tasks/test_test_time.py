@@ -14,6 +14,7 @@ from bimamba.models import Classifier
 from bimamba.nn import BiMamba2, PatchEmbedding
 from bimamba.spec import DataSpec
 from bimamba.tasks import SupervisedTask
+from bimamba.tasks.compilation import compile_network
 
 CLASSES = DataSpec("sequence", "multiclass", ("a", "b", "c"), alphabet="ACGTN", max_length=12)
 IMAGE = DataSpec("image", "binary", ("no", "yes"), channels=1, height=4, width=6)
@@ -66,6 +67,19 @@ def test_mirror_images_give_the_same_in_test_and_prediction():
     place = torch.empty_like(expected)
     both.net.register_forward_hook(lambda net, inputs, output: place.copy_(output))  # as a CUDA graph has one
     torch.testing.assert_close(both.logits_of_both_views(here), expected)
+
+
+@pytest.mark.gpu
+def test_mirror_images_as_cuda_graphs():
+    torch.manual_seed(0)
+    net = Classifier(IMAGE, 8, 1, embedding=partial(PatchEmbedding, patch_size=2), mixer=small).cuda().eval()
+    both = SupervisedTask(net, IMAGE, torch.optim.AdamW, test_time_flip=True)
+    batch = {"inputs": torch.randn(3, 1, 4, 6, device="cuda")}
+    with torch.no_grad():
+        expected = both.logits_of_both_views(batch)
+        compile_network(net, mode="reduce-overhead")
+        for _ in range(4):  # warm-up, recording, replays
+            torch.testing.assert_close(both.logits_of_both_views(batch), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_clear_errors():
