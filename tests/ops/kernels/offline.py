@@ -22,12 +22,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bimamba.ops.conv1d.kernels import conv_backward, conv_forward, form_of
 from bimamba.ops.gated_norm.kernels import norm_backward, norm_forward
 from bimamba.ops.prepare import prepare
-from bimamba.ops.ssd.kernels.choose import Problem, forced
+from bimamba.ops.ssd.kernels import choose
+from bimamba.ops.ssd.kernels.choose import Device, Problem, forced
 from bimamba.ops.ssd.kernels.scan import Inputs, Saved, scan_backward, scan_forward
 from bimamba.ops.totals import Total, totals
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
-TARGETS = {"cuda:80": (80, 32), "cuda:90": (90, 32), "cuda:100": (100, 32), "hip:gfx942": ("gfx942", 64)}
+TARGETS = {f"cuda:{arch}": (arch, 32) for arch in (80, 86, 90, 100, 120)} | {"hip:gfx942": ("gfx942", 64)}
+# What the rule is told of the device: processors, descriptors, bytes of shared memory a program
+DEVICES = {"cuda:86": Device(84, False, 99 * 1024), "cuda:120": Device(84, False, 99 * 1024)}
 
 
 def source_of(kernel: JITFunction, arguments: dict) -> tuple[ASTSource, dict]:
@@ -74,6 +77,8 @@ def compile_all(target: str, dtype: torch.dtype, flags: dict, config: dict) -> l
         seen.append(line)
 
     JITFunction.run = run
+    if target in DEVICES:
+        choose._device = lambda _: DEVICES[target]
     sizes = {"b": 2, "l": 300, "h": 4, "g": 1, "p": 64, "n": 64} | {k: v for k, v in flags.items() if k in "blhgpn"}
     form = {k: v for k, v in flags.items() if k in ("bidirectional", "untied", "shift")}
     problem = Problem(**sizes, dtype=dtype, device=torch.device("cpu"), dt_softplus=True, **form)
