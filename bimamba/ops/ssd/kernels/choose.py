@@ -186,14 +186,14 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
     chunk, halves, fill = layout
     exact = problem.dtype == torch.float32  # products on the plain units: small tiles, registers and no pipeline
     block_p = min(problem.p2, 32 if exact else 64)
-    block_n = min(problem.n2, 32 if exact else 128)
+    roomy = device.shared_memory >= 160 * 1024  # data centre chips; others hold one tile of each kind
+    block_n = min(problem.n2, 32 if exact else 128 if roomy else 64)
     narrow = min(block_n, 64)
     heads = problem.h // problem.g
     # Little work is bound by launches: as few as can be, and no descriptors, each of which costs the host 12 us a
     # launch
     little = problem.b * problem.l * problem.h * problem.p <= LITTLE and problem.l <= 2048
     tma = device.has_tma and not exact and not little and _fits_descriptors(problem, block_p, block_n)
-    roomy = device.shared_memory >= 160 * 1024  # data centre chips; others hold one tile of each kind
     walks = problem.b * problem.h * problem.directions * (problem.p2 // block_p) * (problem.n2 // narrow)
     # For gradients a walk a processor is enough: their chunks are short, and passing them costs as much as the states
     # themselves. Of half of n, so that there are two. H200, forward+backward by passing, walks, walks of half of n: 128
