@@ -1,8 +1,10 @@
-"""A group of one process does not outlive its job of a sweep."""
+"""A group of one process, and what was compiled, do not outlive their job of a sweep."""
 
 import os
 
 import pytest
+import torch
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.distributed import destroy_process_group, init_process_group, is_initialized
 
 from bimamba.sweeps import alone_again
@@ -22,3 +24,13 @@ def test_a_group_of_one_process_ends_with_its_job(tmp_path, monkeypatch, launche
     assert is_initialized() == ("LOCAL_RANK" in os.environ) == launched and os.environ["MASTER_PORT"] == "1234"
     if launched:
         destroy_process_group()
+
+
+def test_compiled_graphs_end_with_their_job():
+    def double(x):
+        return 2 * x
+
+    with alone_again():
+        torch.compile(double, backend="eager")(torch.ones(1))
+        assert len(_debug_get_cache_entry_list(double.__code__)) == 1
+    assert not _debug_get_cache_entry_list(double.__code__)

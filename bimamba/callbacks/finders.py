@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from bimamba import plots
 from bimamba.figures import save_figure
+from bimamba.tasks.base import Task
 
 
 class FindLearningRate(LearningRateFinder):
@@ -69,6 +70,8 @@ class FindBatchSize(BatchSizeFinder):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run or trainer.ckpt_path is not None:
             return
+        if isinstance(pl_module, Task):
+            pl_module.expect_no_graphs("callbacks.batch_size_finder")  # a pass that runs out of memory has no end
         super().on_fit_start(trainer, pl_module)
         rank_zero_info(f"Batch size finder: data.batch_size={self.optimal_batch_size}")
         trainer.strategy.setup_optimizers(trainer)  # schedules count steps, and there are fewer now

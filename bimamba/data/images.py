@@ -215,13 +215,21 @@ class DeviceImages(CachedImages):
         Raises:
             ValueError: they do not fit into its memory.
         """
-        size = self.pixels.numel()
-        if device.type == "cuda" and size > (free := torch.cuda.mem_get_info(device)[0]) // 2:
+        size, free = self.pixels.numel(), _free_memory(device)
+        if free is not None and size > free // 2:
             raise ValueError(
                 f"data.cache=device: expected images of at most half of the device's free memory, "
                 f"{free / 2**31:.1f} GiB, got {size / 2**30:.1f} GiB; set data.cache=true (memory of the host)"
             )
         return self.pixels.to(device)
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Bytes that tensors can still take on a GPU, those among them that an earlier job's left to PyTorch."""
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 @dataclass

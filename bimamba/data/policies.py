@@ -96,10 +96,11 @@ def autocontrast(images: Tensor, amount: Tensor) -> Tensor:
 def equalize(images: Tensor, amount: Tensor) -> Tensor:
     """Each channel's 256 values spread so that all are about equally frequent, as Pillow does it."""
     values = (images * 255).round().long().flatten(2)  # n 3 hw
-    counts = images.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, images.new_ones(values.shape))
+    # Integers: CUDA's cumulative sums of floats are not deterministic
+    counts = values.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, torch.ones_like(values))
     last = counts.gather(2, values.amax(2, keepdim=True))
-    step = ((values.shape[2] - last) / 255).floor()
-    before = counts.cumsum(2) - counts
+    step = ((values.shape[2] - last) // 255).to(images.dtype)
+    before = (counts.cumsum(2) - counts).to(images.dtype)
     table = ((before + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(0, 255) / 255
     return torch.where((step > 0)[..., None], table.gather(2, values).view_as(images), images)
 

@@ -76,7 +76,7 @@ def _too_old(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.disable(recursive=False)
+@torch.compiler.assume_constant_result  # a compiler calls it while it traces, instead of breaking the graph
 def _warn_once(message: str) -> None:
     if message not in _said:
         _said.add(message)

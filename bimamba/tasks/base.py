@@ -17,7 +17,7 @@ from torchmetrics import Metric
 import bimamba
 from bimamba.optim import hidden_names, parameter_groups, undecayed_names
 from bimamba.spec import DataSpec
-from bimamba.tasks.compilation import compile_network
+from bimamba.tasks.compilation import GRAPH_MODES, compile_network
 from bimamba.tasks.metrics import LossMean
 
 Batch = dict[str, Any]
@@ -68,8 +68,26 @@ class Task(LightningModule):
         self.train_loss = LossMean()
         self.confusion: dict[str, Tensor] = {}  # finished confusion matrices by stage, for plots
         self.predict_metrics: dict[str, float] = {}  # Lightning logs nothing while predicting
+        self.graphs = False
         if compile:
             compile_network(self.net, **(compile_options or {}))
+            self.graphs = (compile_options or {}).get("mode") in GRAPH_MODES
+
+    def expect_no_graphs(self, needed_by: str) -> None:
+        """For what CUDA graphs cannot bear.
+
+        Raises:
+            ValueError: the network is recorded as one.
+        """
+        if self.graphs and self.trainer.strategy.root_device.type == "cuda":
+            raise ValueError(
+                f"task.compile_options.mode: expected null or max-autotune-no-cudagraphs with {needed_by}: a CUDA "
+                "graph's results lie where the next pass writes its own"
+            )
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer.accumulate_grad_batches > 1:  # the gradients of the first batch
+            self.expect_no_graphs(f"trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}")
 
     # ------------------------------------------------------------------------------------------- what a task adds
 

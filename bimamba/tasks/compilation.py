@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # which record CUDA graphs
 # Training, evaluation, and on CPUs a few classes of lengths (shorter than a chunk, a multiple of it, any other), each
 # once with fixed and once with free sizes: more than the 8 graphs that torch allows, and far fewer than shapes.
 GRAPHS = 64

@@ -140,4 +140,5 @@ def probabilities(spec: DataSpec, logits: Tensor) -> Tensor:
         return logits.softmax(-1)
     if spec.problem == "binary":
         return logits[:, 0].sigmoid()
-    return logits.sigmoid() if spec.problem == "multilabel" else logits
+    # Not the logits themselves: metrics keep them, and as a CUDA graph's output they would be written over
+    return logits.sigmoid() if spec.problem == "multilabel" else logits.clone()

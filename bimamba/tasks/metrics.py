@@ -68,9 +68,10 @@ class _MultilabelBalancedAccuracy(tmc.MultilabelStatScores):
         super().__init__(num_labels=num_labels, average=None, **kwargs)
 
     def compute(self) -> Tensor:
-        tp, fp, tn, fn, _ = super().compute().double().unbind(-1)
+        counts = super().compute()
+        tp, fp, tn, fn, _ = counts.cpu().double().unbind(-1)  # Apple's GPUs have no float64
         rates = torch.nan_to_num(tp / (tp + fn)) + torch.nan_to_num(tn / (tn + fp))
-        return (rates / 2).mean().float()
+        return (rates / 2).mean().float().to(counts.device)
 
 
 class _MultilabelCalibrationError(tmc.BinaryCalibrationError):
@@ -86,11 +87,11 @@ def matthews(counts: Tensor) -> Tensor:
     0 where truth or prediction knows one class alone, as scikit-learn has it. torchmetrics (1.9) gives 1 there if all
     is right, and some small number if not.
     """
-    counts = counts.double()
+    device, counts = counts.device, counts.cpu().double()  # Apple's GPUs have no float64
     true, predicted, total = counts.sum(1), counts.sum(0), counts.sum()
     covariance = counts.trace() * total - true @ predicted
     scale = ((total**2 - true @ true) * (total**2 - predicted @ predicted)).sqrt()
-    return torch.where(scale > 0, covariance / scale, 0.0).float()
+    return torch.where(scale > 0, covariance / scale, 0.0).float().to(device)
 
 
 class _BinaryMCC(tmc.BinaryMatthewsCorrCoef):

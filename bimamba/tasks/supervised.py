@@ -161,6 +161,7 @@ class SupervisedTask(Task):
         return values
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage == "fit" and self.loss.balanced:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             if not hasattr(data, "class_counts"):

@@ -68,7 +68,9 @@ def test_rows_to_predict_are_other_images(tmp_path):
 
 
 def test_images_that_do_not_fit(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 150)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)  # 100 more are PyTorch's to give
     with stops("data.cache=device: expected images of at most half", "data.cache=true"):
         DeviceImages(torch.zeros(600, 1, 1, 1, dtype=torch.uint8)).on(torch.device("cuda"))
     with stops("data.cache: expected true, false, device or auto, got 'gpu'"):

@@ -1,7 +1,9 @@
 """task.compile: one graph, few of them whatever the shapes, the same losses; a clear word where no compiler is."""
 
 import shutil
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from bimamba.data.collate import pack_rows
 from bimamba.models import Classifier
 from bimamba.nn import BiMamba2, ClassTokenPooling, MeanPooling
+from bimamba.ops.backend import choose_backend
 from bimamba.packing import Packing
 from bimamba.spec import DataSpec
 from bimamba.tasks import SupervisedTask
@@ -46,6 +49,32 @@ def packed(n, l, seed=0):
     flat = torch.arange(int(lengths.sum())) % 5 + 1
     inputs, mask, packing = pack_rows(flat, lengths.cumsum(0) - lengths, lengths, 3 * l, pad_to_multiple=16)
     return inputs, mask, *packing
+
+
+def test_a_compiled_network_may_fall_back_to_pytorch():
+    """With its warning, once, and no break of the graph: a GPU that the kernels do not know."""
+
+    def backend(x):
+        return x if choose_backend(x, "auto", ("auto", "triton", "torch"), lambda: "a test") == "torch" else None
+
+    torch.compiler.reset()
+    compiled = torch.compile(backend, backend="eager", fullgraph=True, dynamic=False)
+    with pytest.warns(UserWarning, match="runs its PyTorch path on meta: a test") as warned:
+        for size in (2, 3):
+            assert compiled(torch.empty(size, device="meta")) is not None
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(("mode", "refused"), [("reduce-overhead", True), ("max-autotune-no-cudagraphs", False)])
+def test_what_cuda_graphs_cannot_bear(mode, refused):
+    task = SupervisedTask(network(), DNA, torch.optim.AdamW, compile=True, compile_options={"mode": mode})
+    task._trainer = SimpleNamespace(  # of a GPU, which is not here
+        accumulate_grad_batches=2, strategy=SimpleNamespace(root_device=torch.device("cuda"))
+    )
+    expected = pytest.raises(ValueError, match=r"no-cudagraphs with trainer\.accumulate_grad_batches=2")
+    with expected if refused else nullcontext():
+        task.setup("fit")
+    task.setup("test")
 
 
 def test_steps_of_one_shape_share_one_graph():

@@ -77,6 +77,14 @@ def test_bad_options(problem, k, options, message):
         SampleLoss(spec(problem, k), **options)
 
 
+@pytest.mark.parametrize("problem", ["binary", "multiclass", "multilabel", "regression"])
+def test_probabilities_are_no_part_of_the_logits(problem):
+    """Metrics keep them, and a CUDA graph writes over its output."""
+    logits = torch.randn(3, 1 if problem == "binary" else 2)
+    spec = DataSpec("sequence", problem, ("a", "b"), alphabet="N", max_length=1)
+    assert probabilities(spec, logits).untyped_storage().data_ptr() != logits.untyped_storage().data_ptr()
+
+
 def test_probabilities():
     logits = torch.randn(4, 3, dtype=torch.bfloat16)
     assert probabilities(spec("multiclass", 3), logits).sum(-1).tolist() == pytest.approx([1] * 4)
