@@ -140,6 +140,9 @@ class LabelMap:
             values = labels.reshape(len(labels), -1).astype(np.float64)
             if values.shape[1] != k:
                 raise ValueError(f"expected {k} label columns {list(self.class_names)}, got {values.shape[1]}")
+            known = records.label_names
+            if known is not None and known != self.class_names and set(known) == set(self.class_names):
+                values = values[:, [known.index(name) for name in self.class_names]]
             allowed = np.isfinite(values) if self.problem == "regression" else np.isin(values, (0, 1))
             if not allowed.all():
                 row, column = np.argwhere(~allowed)[0]

@@ -236,6 +236,8 @@ def show(found: dict[str, Any]) -> None:
     for name, numbers in _count_rows(found):
         table.add_row(name, *numbers)
     console.print(table)
+    if found["problem"] == "binary":
+        console.print(f"positive class: {found['class_names'][-1]!r} (the last one; data.class_names sets the order)")
     if "lengths" in found:
         _show_lengths(console, found["lengths"])
         unknown = found["unknown"]
