@@ -15,7 +15,15 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
+from bimamba.data.files import files_below
+
+# What Pillow decodes wherever it is installed.
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+# Files that lie in folders of images and are none: lists of labels, licences.
+BESIDE_IMAGES = (".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".py")
 RESIZE = ("crop", "squash")
 
 
@@ -168,12 +176,10 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 
 
 def find_images(path: Path) -> list[Path]:
-    """Image files below a folder (or the file itself), sorted."""
+    """Image files below a folder (or the file itself), sorted; nothing hidden, at any depth."""
     if path.is_file():
         return [path]
-    return sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith(".")
-    )
+    return [p for p in files_below(path) if p.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def look(images: PixelArray | EncodedImages, sample: int = 256) -> tuple[int, set[tuple[int, int]]]:

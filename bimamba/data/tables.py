@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bimamba.data.files import is_hidden
 from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Origins, existing
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".arrow", ".feather")
@@ -62,7 +63,7 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
         if not is_table(path):
             raise ValueError(f"{path}: expected a table ({', '.join(SUFFIXES)}, or one of them with .gz)")
         return {UNSPLIT: [path]}
-    files = sorted(p for p in path.rglob("*") if p.is_file() and is_table(p) and not _is_hidden(p, path))
+    files = sorted(p for p in path.rglob("*") if p.is_file() and is_table(p) and not is_hidden(p, path))
     files = [p for p in files if p.name not in ("dataset_info.json", "dataset_infos.json", "state.json")]
     if not files:
         raise ValueError(f"{path}: expected a folder with tables ({', '.join(SUFFIXES)}, also .gz), found none")
@@ -196,10 +197,6 @@ def _longest_line(path: Path) -> int:
             longest = max(longest, rest + int(ends[0]), int(np.diff(ends).max(initial=0)))
             rest = len(block) - int(ends[-1]) - 1
     return max(longest, rest) + 1
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _split_of(file: Path, root: Path) -> str:

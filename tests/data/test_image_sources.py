@@ -98,6 +98,18 @@ def test_bad_image_folders(tmp_path):
         setup(ImageFolder(), tmp_path / "b" / "x.png")
 
 
+def test_hidden_files_are_no_images_and_other_kinds_are_told(tmp_path):
+    write_images(tmp_path, {"a": 5, "b": 5, "b/.ipynb_checkpoints": 2, ".trash": 3})
+    (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "000.JFIF")
+    for name in ("b/x.heic", "b/y.heic", "b/labels.csv", "README", "b/Thumbs.db", "b/.x.bz2"):
+        (tmp_path / name).write_bytes(b"")
+    write_images(tmp_path, {".": 1})
+    data = setup(ImageFolder(), tmp_path, val_fraction=0, test_fraction=0)
+    assert data.sizes["train"] == 10 and "a/000.JFIF" in rows_of(data.train_dataloader())
+    (note,) = [n for n in data.notes if "left out" in n]
+    assert "left out: 2 .heic, 1 .png: expected .png" in note and note.endswith("in class folders")
+
+
 def test_sizes_that_differ(tmp_path):
     write_images(tmp_path, {"a": 5, "b": 5})
     write_images(tmp_path / "b" / "large", {"x": 2}, size=12)

@@ -300,6 +300,22 @@ def test_fasta_classes_with_splits(tmp_path):
     assert setup(FastaClasses(), tmp_path).sizes == {"train": 24, "val": 8, "test": 10}
 
 
+def test_files_that_are_no_fasta_are_told_and_hidden_ones_ignored(tmp_path):
+    for name in ("a.fa", "b.fa", ".c.fa", "._b.fa", "deep/d.fa"):
+        write_fasta(tmp_path / name, {"x": "ACGT", "y": "GGTT"})
+    for name in ("e.fa.bz2", "f.txt", "README.md", "a.fa.fai"):
+        (tmp_path / name).write_bytes(b"")
+    data = setup(FastaClasses(), tmp_path, val_fraction=0, test_fraction=0)
+    assert data.spec.class_names == ("a", "b")
+    (note,) = [n for n in data.notes if "left out" in n]
+    for part in ("1 .bz2", "1 .txt", "1 .fa", "expected .fa, ", "in the folder itself"):
+        assert part in note, part
+    data.predict = str(tmp_path)
+    with pytest.warns(UserWarning, match="left out: 1 .bz2, 1 .txt"):
+        data.setup("predict")
+    assert len(data._predicted) == 6
+
+
 def test_fasta_line_ends_and_bare_headers(tmp_path):
     (tmp_path / "a.fa").write_bytes(b"\r\n>\r\nAC\r\nGT\r\n> 12 x\r\nacgt\r\n" * 1)
     (tmp_path / "b.fa").write_bytes(b">x>y\rAA\r>z\rCC")

@@ -1,0 +1,44 @@
+"""Files below a folder: those that count, and a word on those that were left out."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+# Beside any data set, whatever their ending.
+_USUAL_NAMES = ("README", "LICENSE", "LICENCE", "THUMBS", "DESKTOP")
+
+
+def is_hidden(path: Path, root: Path) -> bool:
+    """True if the file, or a folder between it and `root`, starts with a dot: what editors and systems left there."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def files_below(root: Path) -> list[Path]:
+    """All files below a folder, sorted; nothing hidden, at any depth."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(p for p in found if p.is_file())
+
+
+def left_out(root: Path, taken: Collection[Path], expected: str, usual: Collection[str] = ()) -> list[str]:
+    """One note that counts, by their endings, the files below `root` that were not taken; none where there are none.
+
+    Args:
+        root: the folder.
+        taken: files that were read.
+        expected: what a file had to be.
+        usual: endings of files that lie beside such data and need no word.
+    """
+    kept = set(map(str, taken))
+    counts = Counter(
+        p.suffix.lower() or "without an ending"
+        for p in files_below(root)
+        if str(p) not in kept and p.suffix.lower() not in usual and p.stem.upper() not in _USUAL_NAMES
+    )
+    shown = ", ".join(f"{n} {ending}" for ending, n in counts.most_common())
+    return [f"{root}: files left out: {shown}: expected {expected}"] if counts else []
