@@ -98,6 +98,7 @@ def report(data: ClassificationDataModule) -> dict[str, Any]:
         found["image"] = {key: getattr(spec, key) for key in ("channels", "height", "width")}
         found["image"].update(mean=list(spec.mean or ()), std=list(spec.std or ()))
         found["image"]["in_memory"] = isinstance(store, CachedImages)
+        found["warnings"] += store.losses.sentences()
     found["duplicates"] = _duplicates(data, splits)
     found["warnings"] += _duplicate_warnings(found["duplicates"])
     for name in SPLITS:
