@@ -23,7 +23,7 @@ from bimamba.data.loader import TrainLoader
 from bimamba.data.records import SPLITS, Records, Source
 from bimamba.data.samplers import Draw, EvalBatches, TrainBatches
 from bimamba.data.sequences import TokenRows
-from bimamba.data.splits import check_fractions, make_splits, strata_of
+from bimamba.data.splits import check_fractions, check_parts, make_splits, strata_of
 from bimamba.spec import DataSpec
 
 
@@ -242,6 +242,7 @@ class ClassificationDataModule(LightningDataModule):
         self.splits, self.notes = splits, records.notes + notes
         if not evaluating:
             preflight.check_classes(self)
+            check_parts(records.splits, splits, self.val_fraction, self.test_fraction)
 
     def _rename_classes(self, records: Records) -> None:
         """Other names in `data.class_names` take the place of those that the source knows, one by one.

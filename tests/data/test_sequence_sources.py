@@ -388,6 +388,23 @@ def test_bed_cuts_intervals_on_their_strand(tmp_path, gz):
     assert rows_of(data.train_dataloader()) == expected and data.spec.class_names == ("a", "b")
 
 
+def test_names_of_intervals_are_no_classes(tmp_path):
+    lines = [(c, start, end, f"peak{i}", *rest) for i, (c, start, end, _, *rest) in enumerate(bed_lines())]
+    fasta, bed, _ = bed_files(tmp_path, lines)
+    with stops("got 30 values of which 30 have one row ('peak0', 'peak1'", "label_column", "problem=regression"):
+        setup(FastaBed(str(fasta)), bed)
+    with stops("data.test_fraction: expected at least one row in a part of 0.2, got none", "or set it to 0"):
+        setup(FastaBed(str(fasta)), bed, problem="multiclass", val_fraction=0)
+    data = setup(FastaBed(str(fasta)), bed, problem="multiclass", val_fraction=0, test_fraction=0)
+    assert len(data.spec.class_names) == 30
+
+
+def test_numbers_that_hardly_repeat_are_no_classes(tmp_path):
+    columns = {"sequence": ["ACGT"] * 50, "label": [*range(100, 120), *[1, 2, 3, 4, 5] * 6]}
+    with stops("got 25 values of which 20 have one row (100, 101, 102, 103, 104, …)", "problem=regression"):
+        setup(SequenceTable(), write_table(tmp_path / "x.csv", columns))
+
+
 def test_bed_columns_by_name_and_number(tmp_path):
     lines = [(*line, 0.5 * i, ["train", "test"][i % 2]) for i, line in enumerate(bed_lines())]
     header = ("#chrom", "start", "end", "name", "score", "strand", "signal", "part")
