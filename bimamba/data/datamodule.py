@@ -241,7 +241,7 @@ class ClassificationDataModule(LightningDataModule):
         self.examples = Examples(store, labels, pa.array(records.ids, pa.large_string()))
         self.splits, self.notes = splits, records.notes + notes
         if not evaluating:
-            preflight.check_classes(self)
+            preflight.check_classes(self, records.describe)
             check_parts(records.splits, splits, self.val_fraction, self.test_fraction)
 
     def _rename_classes(self, records: Records) -> None:

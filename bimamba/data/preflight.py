@@ -47,16 +47,23 @@ def class_counts(data: ClassificationDataModule, split: str) -> torch.Tensor:
     return torch.bincount(labels, minlength=len(data.spec.class_names))
 
 
-def check_classes(data: ClassificationDataModule) -> None:
-    """Raises ValueError if a class has no training rows."""
+def check_classes(data: ClassificationDataModule, describe: Callable[[int], str]) -> None:
+    """Raises ValueError if a class has no training rows, naming with `describe` a row elsewhere that has the class."""
     if data.spec.problem not in ("multiclass", "binary"):
         return
     counts = class_counts(data, "train").tolist()
-    empty = [name for name, n in zip(data.spec.class_names, counts, strict=True) if n == 0]
+    empty = [number for number, n in enumerate(counts) if n == 0]
     if empty:
+        assert data.examples is not None and data.examples.labels is not None
+        name, rows = data.spec.class_names[empty[0]], np.flatnonzero(data.examples.labels.numpy() == empty[0])
+        elsewhere = ""
+        if len(rows):
+            met = " and ".join(s for s in SPLITS if np.isin(rows, data.splits[s]).any())
+            elsewhere = f"; {name!r} is met in {met} alone: {describe(int(rows[0]))}"
         raise ValueError(
-            f"expected training rows of every class, got none of {', '.join(map(repr, empty))} "
-            f"(classes: {', '.join(map(repr, data.spec.class_names[:CLASSES_SHOWN]))})"
+            f"expected training rows of every class, got none of "
+            f"{', '.join(repr(data.spec.class_names[i]) for i in empty)} "
+            f"(classes: {', '.join(map(repr, data.spec.class_names[:CLASSES_SHOWN]))}){elsewhere}"
         )
 
 

@@ -206,6 +206,23 @@ def test_unreadable_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"sequence,label\n", ["expected rows below the header line, found none"]),
+        (b"sequence,label\nACGT,\xe9\nAC,b\n", ["column 'label'", "expected UTF-8 text"]),
+        (b"sequence,label\nAC\xe9T,a\nAC,b\n", ["expected UTF-8 text"]),
+        (b"sequence,label\xe9\nACT,a\nAC,b\n", ["expected UTF-8 text"]),
+        ("sequence,label\nACT,a\nAC,b\n".encode("utf-16"), ["expected UTF-8 text, got UTF-16"]),
+    ],
+)
+def test_tables_without_rows_or_in_another_encoding(tmp_path, content, parts):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content)
+    with stops("x.csv: ", *parts):
+        setup(SequenceTable(), path)
+
+
+@pytest.mark.parametrize(
     ("sequences", "labels", "parts"),
     [
         (["ACGT", ""], [0, 1], ["x.jsonl: row 2", "expected a sequence, got an empty one"]),
@@ -247,7 +264,9 @@ def test_problem_that_does_not_fit(tmp_path):
 def test_class_without_training_rows(tmp_path):
     write_table(tmp_path / "train.csv", sequence_rows(20))
     write_table(tmp_path / "test.csv", sequence_rows(21, seed=1, classes=3))
-    with stops("expected training rows of every class", "got none of '2'"):
+    with stops(
+        "expected training rows of every class", "got none of '2'", "'2' is met in test alone:", "test.csv: row 3"
+    ):
         setup(SequenceTable(), tmp_path)
 
 
