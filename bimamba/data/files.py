@@ -17,12 +17,21 @@ def is_hidden(path: Path, root: Path) -> bool:
 
 
 def files_below(root: Path) -> list[Path]:
-    """All files below a folder, sorted; nothing hidden, at any depth."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(p for p in found if p.is_file())
+    """All files below a folder, sorted; nothing hidden, at any depth. Links to folders are not followed."""
+    found, folders = [], [root]
+    while folders:
+        try:
+            entries = list(os.scandir(folders.pop()))
+        except PermissionError:
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
+            elif entry.is_file():  # known from the folder's listing: no further question to the disk
+                found.append(Path(entry.path))
+    return sorted(found)
 
 
 def left_out(root: Path, taken: Collection[Path], expected: str, usual: Collection[str] = ()) -> list[str]:

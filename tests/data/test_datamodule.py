@@ -1,7 +1,9 @@
 """The contract with train.py: the spec, what a checkpoint expects, prediction, and Lightning's hooks."""
 
 import json
+import os
 import pickle
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -72,9 +74,10 @@ def test_file_system_order_does_not_matter(tmp_path, monkeypatch):
         return [next(iter(d.train_dataloader()))["id"] for d in (images, sequences)]
 
     first = ids()
-    for name in ("iterdir", "rglob"):
-        plain = getattr(Path, name)
-        monkeypatch.setattr(Path, name, lambda self, *a, plain=plain: reversed(list(plain(self, *a))))
+    plain = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(plain(self))))
+    turned = SimpleNamespace(scandir=lambda path: reversed(list(os.scandir(path))))
+    monkeypatch.setattr("bimamba.data.files.os", turned)
     assert ids() == first
 
 
