@@ -83,7 +83,8 @@ def _expect_same_inputs(there: DataSpec, here: DataSpec, where: str) -> None:
     for name in ("kind", "alphabet", "channels"):
         a, b = getattr(there, name), getattr(here, name)
         if a != b:
-            raise ValueError(f"{where} was trained on data of another {name}: {a!r} there, {b!r} here")
+            hint = f"; to fit it set data.{name}={a}" if name != "kind" else ""
+            raise ValueError(f"{where} was trained on data of another {name}: {a!r} there, {b!r} here{hint}")
 
 
 def _expect_same_model(there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:

@@ -44,12 +44,13 @@ images = torch.rand(2, spec.channels, spec.height, spec.width)  # RGB or grey in
 mean, std = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
 logits = model((images - mean) / std)  # (2, {outputs})"""
 SEQUENCE_CODE = """\
+from bimamba.data.sequences import token_table
 from bimamba.models import Classifier
 
 model = Classifier.from_pretrained("{name}")  # config.json and safetensors: no code is run
-alphabet = model.spec.alphabet  # 0 is padding; the last letter stands for every unknown one
+token = torch.from_numpy(token_table(model.spec.alphabet))  # of a byte; case does not matter, U is T; 0 is padding
 rows = ["ACGTTGCA", "TTGACAN"]
-tokens = [torch.tensor([alphabet.find(c) + 1 or len(alphabet) for c in row]) for row in rows]
+tokens = [token[list(row.encode())].long() for row in rows]
 inputs = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
 logits = model(inputs, mask=inputs > 0)  # (2, {outputs})"""
 

@@ -84,9 +84,13 @@ def test_the_code_of_a_sequence_models_card_runs(tmp_path, monkeypatch):
     small().save_pretrained("model", model_card_kwargs={"name": "model"})
     text = (tmp_path / "model" / "README.md").read_text()
     assert "Not recorded." in text and "None recorded: evaluate before you trust it." in text
-    scope = {}
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), scope)
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    scope, lower_rna = {}, {}
+    exec(code, scope)
     assert scope["logits"].shape == (2, 1)
+    assert scope["tokens"][1].tolist() == [4, 4, 3, 1, 2, 1, 5]
+    exec(code.replace('"TTGACAN"', '"uugacan"'), lower_rna)  # read as the data module reads it
+    assert torch.equal(scope["logits"], lower_rna["logits"])
 
 
 def test_figures_are_those_of_the_same_weights_and_rows(fitted, tmp_path):

@@ -302,7 +302,7 @@ def test_another_model_is_named(folder, options, message):
 def test_other_channels(tmp_path):
     make(IMAGE).save_pretrained(tmp_path)
     grey = DataSpec("image", "multiclass", ("a", "b", "c"), channels=1, height=8, width=8)
-    with pytest.raises(ValueError, match="channels: 3 there, 1 here"):
+    with pytest.raises(ValueError, match=r"channels: 3 there, 1 here; to fit it set data\.channels=3"):
         make(grey, pretrained=tmp_path)
 
 

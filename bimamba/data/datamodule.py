@@ -23,7 +23,7 @@ from bimamba.data.loader import TrainLoader
 from bimamba.data.records import SPLITS, Records, Source
 from bimamba.data.samplers import Draw, EvalBatches, TrainBatches
 from bimamba.data.sequences import TokenRows
-from bimamba.data.splits import check_fractions, make_splits, strata_of
+from bimamba.data.splits import check_fractions, check_parts, make_splits, strata_of
 from bimamba.spec import DataSpec
 
 
@@ -241,18 +241,30 @@ class ClassificationDataModule(LightningDataModule):
         self.examples = Examples(store, labels, pa.array(records.ids, pa.large_string()))
         self.splits, self.notes = splits, records.notes + notes
         if not evaluating:
-            preflight.check_classes(self)
+            preflight.check_classes(self, records.describe)
+            check_parts(records.splits, splits, self.val_fraction, self.test_fraction)
 
     def _rename_classes(self, records: Records) -> None:
-        """`data.class_names` takes the place of the names that the source knows."""
-        if self.class_names is None or records.label_names is None:
+        """Other names in `data.class_names` take the place of those that the source knows, one by one.
+
+        The source's own names in another order rename nothing: they set the order of the outputs, and
+        `LabelMap.encode` finds each label by its name.
+        """
+        names, known = self.class_names, records.label_names
+        if names is None or known is None or set(names) == set(known):
             return
-        if len(self.class_names) != len(records.label_names):
+        if len(names) != len(known):
             raise ValueError(
-                f"data.class_names: expected {len(records.label_names)} names, as the data have "
-                f"({', '.join(records.label_names)}), got {len(self.class_names)}"
+                f"data.class_names: expected {len(known)} names, as the data have ({', '.join(known)}), "
+                f"got {len(names)}"
             )
-        records.label_names = self.class_names
+        moved = [new for new, old in zip(names, known, strict=True) if new != old and new in known]
+        if moved:
+            raise ValueError(
+                f"data.class_names: expected the data's names in any order ({', '.join(known)}), or new ones in this "
+                f"order, got {', '.join(names)}: {moved[0]!r} is a name of the data in another place beside new ones"
+            )
+        records.label_names = names
 
     def _label_map(self, records: Records, evaluating: bool) -> LabelMap:
         """Meaning of the labels; the checkpoint's where there is one, after a comparison with the data's."""

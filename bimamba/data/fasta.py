@@ -12,6 +12,7 @@ from pathlib import Path
 from bimamba.data.sequences import reverse_complement
 
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".fas")
+BESIDE_FASTA = (".fai", ".gzi")  # indexes of FASTA files
 _HEADER = re.compile(rb"^>(.*)$", re.MULTILINE)
 STRANDS = {"+": False, ".": False, "-": True}
 

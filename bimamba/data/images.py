@@ -5,17 +5,27 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
+from bimamba.data.files import files_below
+from bimamba.data.pixels import PAGES, Losses, convert, is_grey
+
+# What Pillow decodes wherever it is installed.
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+# Files that lie in folders of images and are none: lists of labels, licences.
+BESIDE_IMAGES = (".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".py")
 RESIZE = ("crop", "squash")
 
 
@@ -71,6 +81,8 @@ class EncodedImages:
         try:
             image = Image.open(io.BytesIO(item) if isinstance(item, bytes) else item)
             image.load()
+            if image.format == "TIFF" and getattr(image, "tag_v2").next:  # noqa: B009  # of TIFF images only
+                image.info[PAGES] = True  # which survives the turn below
         except FileNotFoundError as error:
             raise ValueError(f"{self.describe(row)}: expected an image, nothing is at {item}") from error
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -110,7 +122,7 @@ class Geometry:
         Raises:
             ValueError: another size, with `exact`.
         """
-        image = _convert(image, self.channels)
+        image = convert(image, self.channels)
         target = (self.width, self.height)
         if self.exact and image.size != target:
             raise ValueError(
@@ -132,13 +144,14 @@ class Geometry:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def bring(images: PixelArray | EncodedImages, row: int, geometry: Geometry) -> np.ndarray:
-    """One image as uint8 `(channels, height, width)`.
+def bring(images: PixelArray | EncodedImages, row: int, geometry: Geometry, losses: Losses) -> np.ndarray:
+    """One image as uint8 `(channels, height, width)`; `losses` takes note of what that took away.
 
     Raises:
         ValueError: it cannot be decoded, or has the wrong size; the file (and row) is named.
     """
     image = images.open(row)
+    losses.look(image, geometry.channels, images.describe(row))
     try:
         return geometry(image)
     except ValueError as error:
@@ -159,21 +172,11 @@ def random_box(width: int, height: int, area: tuple[float, float], rng: Any) -> 
     return left, top, left + side, top + side
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips 16-bit grey to 255 instead of scaling it.
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)
-
-
 def find_images(path: Path) -> list[Path]:
-    """Image files below a folder (or the file itself), sorted."""
+    """Image files below a folder (or the file itself), sorted; nothing hidden, at any depth."""
     if path.is_file():
         return [path]
-    return sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith(".")
-    )
+    return [p for p in files_below(path) if p.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def look(images: PixelArray | EncodedImages, sample: int = 256) -> tuple[int, set[tuple[int, int]]]:
@@ -183,18 +186,24 @@ def look(images: PixelArray | EncodedImages, sample: int = 256) -> tuple[int, se
         return (shape[3] if len(shape) == 4 else 1), {shape[1:3]}
     rows = np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int))
     opened = [images.open(int(row)) for row in rows]
-    grey = all(image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16") for image in opened)
-    return (1 if grey else 3), {(image.height, image.width) for image in opened}
+    return (1 if all(map(is_grey, opened)) else 3), {(image.height, image.width) for image in opened}
 
 
 @dataclass
 class CachedImages:
-    """All images decoded, uint8 `(n, channels, height, width)`."""
+    """All images decoded, uint8 `(n, channels, height, width)`, and what that took away."""
 
     pixels: torch.Tensor
+    losses: Losses = field(default_factory=Losses)
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
 
     def batch(self, rows: torch.Tensor, epoch: int | None = None) -> torch.Tensor:
         """uint8 `(b, channels, height, width)`."""
@@ -241,28 +250,44 @@ class LazyImages:
         geometry: what they are brought to.
         crop: part of the area, from and to, of a random crop in training; None: the central crop.
         seed: with the epoch and the row, decides a random crop, whichever worker makes it.
+        losses: what decoding took away, of the images that this process has met.
     """
 
     images: PixelArray | EncodedImages
     geometry: Geometry
     crop: tuple[float, float] | None = None
     seed: int = 0
+    losses: Losses = field(default_factory=Losses)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.geometry.channels, self.geometry.height, self.geometry.width
 
     def batch(self, rows: torch.Tensor, epoch: int | None = None) -> torch.Tensor:
         """uint8 `(b, channels, height, width)`; `epoch` is None in evaluation."""
         return torch.from_numpy(np.stack([self._one(row, epoch) for row in rows.tolist()]))
 
     def _one(self, row: int, epoch: int | None) -> np.ndarray:
+        known = len(self.losses.found)
         if epoch is None or self.crop is None:
-            return bring(self.images, row, self.geometry)
-        return self.geometry(self.images.open(row), self.crop, np.random.default_rng((self.seed, epoch, row)))
+            pixels = bring(self.images, row, self.geometry, self.losses)
+        else:
+            image = self.images.open(row)
+            self.losses.look(image, self.geometry.channels, self.images.describe(row))
+            pixels = self.geometry(image, self.crop, np.random.default_rng((self.seed, epoch, row)))
+        # Met after the preflight has spoken; one worker's word is enough.
+        worker, new = get_worker_info(), len(self.losses.found) > known
+        if new and worker is not None and worker.id == 0 and (said := self.losses.sentences(of_many=False)):
+            rank_zero_warn("; ".join(said))
+        return pixels
 
 
-def decode_all(images: PixelArray | EncodedImages, geometry: Geometry) -> CachedImages:
-    """Decodes every image once, on all cores.
+def decode_all(images: PixelArray | EncodedImages, geometry: Geometry, tell_colour: bool = True) -> CachedImages:
+    """Decodes every image once, on all cores; `tell_colour`: see `Losses`.
 
     Raises:
         ValueError: an image cannot be decoded.
@@ -279,18 +304,23 @@ def decode_all(images: PixelArray | EncodedImages, geometry: Geometry) -> Cached
     # Processes, since half of Pillow's work on a small image holds Python's lock: two threads gain nothing.
     workers = min(cores(), 16) if len(images) >= MANY_IMAGES else 0
     loader = DataLoader(
-        _Chunks(images, geometry), sampler=chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is
+        _Chunks(images, geometry, tell_colour),
+        sampler=chunks,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
     )
-    error = None
+    error, losses = None, Losses(tell_colour)
     for rows, decoded in zip(chunks, loader, strict=True):
         if isinstance(decoded, ValueError):
             error = decoded
             break
-        pixels[rows.start : rows.stop] = decoded
+        pixels[rows.start : rows.stop], met = decoded
+        losses.merge(met)
     # Raised out here: an error that holds the loop's frame keeps the processes alive until they time out, after 5 s.
     if error is not None:
         raise error
-    return CachedImages(pixels)
+    return CachedImages(pixels, losses)
 
 
 MANY_IMAGES = 5000  # below it, starting processes costs more than they save (130 µs an image)
@@ -302,10 +332,12 @@ class _Chunks(Dataset):
 
     images: PixelArray | EncodedImages
     geometry: Geometry
+    tell_colour: bool
 
-    def __getitem__(self, rows: range) -> torch.Tensor | ValueError:
+    def __getitem__(self, rows: range) -> tuple[torch.Tensor, Losses] | ValueError:
+        losses = Losses(self.tell_colour)
         try:
-            return torch.from_numpy(np.stack([bring(self.images, row, self.geometry) for row in rows]))
+            return torch.from_numpy(np.stack([bring(self.images, row, self.geometry, losses) for row in rows])), losses
         except ValueError as error:
             return error
 
@@ -339,5 +371,12 @@ def channel_statistics(store: CachedImages | LazyImages, rows: np.ndarray, seed:
     mean = weights @ values
     std = np.sqrt((weights * (values - mean[:, None]) ** 2).sum(1))
     if (std == 0).any():
-        raise ValueError(f"channel {int(np.argmin(std))}: every pixel has the value {mean[np.argmin(std)]:.3g}")
+        raise ValueError(
+            "; ".join(
+                [
+                    f"channel {int(np.argmin(std))}: every pixel has the value {mean[np.argmin(std)]:.3g}",
+                    *store.losses.sentences(),
+                ]
+            )
+        )
     return tuple(round(float(m), 6) for m in mean), tuple(round(float(s), 6) for s in std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from bimamba.data.records import Records
 from bimamba.data.tables import Rows
 
+MANY_CLASSES = 20  # from here on, values that hardly repeat look like names or measurements rather than classes
 PROBLEMS = ("multiclass", "binary", "multilabel", "regression")
 
 
@@ -93,6 +95,8 @@ class LabelMap:
             if labels.dtype != object and labels.min() < 0:
                 row = int(np.argmin(labels))
                 raise ValueError(f"{records.describe(row)}: expected class numbers from 0, got {labels[row]}")
+            if problem is None:
+                _check_repeats(labels)
             names = tuple(str(v) for v in sorted(set(labels.tolist())))
         if len(names) < 2:
             raise ValueError(
@@ -140,6 +144,9 @@ class LabelMap:
             values = labels.reshape(len(labels), -1).astype(np.float64)
             if values.shape[1] != k:
                 raise ValueError(f"expected {k} label columns {list(self.class_names)}, got {values.shape[1]}")
+            known = records.label_names
+            if known is not None and known != self.class_names and set(known) == set(self.class_names):
+                values = values[:, [known.index(name) for name in self.class_names]]
             allowed = np.isfinite(values) if self.problem == "regression" else np.isin(values, (0, 1))
             if not allowed.all():
                 row, column = np.argwhere(~allowed)[0]
@@ -177,6 +184,19 @@ class LabelMap:
                 f"({len(bad)} such rows)"
             )
         return torch.from_numpy(codes.astype(np.int64))
+
+
+def _check_repeats(labels: np.ndarray) -> None:
+    """Raises ValueError for what is no class: of more than 20 values, most are met in one row only."""
+    counts = Counter(labels.tolist())
+    single = [value for value, n in counts.items() if n == 1]
+    if len(counts) > MANY_CLASSES and len(single) > len(counts) / 2:
+        raise ValueError(
+            f"the labels: expected classes of several rows each, got {len(counts)} values of which {len(single)} have "
+            f"one row ({', '.join(map(repr, single[:5]))}, …): a column of names or numbers? set "
+            "data.source.label_column to the column of the classes, or data.problem=regression for numbers "
+            "(data.problem=multiclass: these are the classes)"
+        )
 
 
 def whole_numbers(records: Records, labels: np.ndarray) -> np.ndarray:

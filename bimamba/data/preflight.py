@@ -47,16 +47,23 @@ def class_counts(data: ClassificationDataModule, split: str) -> torch.Tensor:
     return torch.bincount(labels, minlength=len(data.spec.class_names))
 
 
-def check_classes(data: ClassificationDataModule) -> None:
-    """Raises ValueError if a class has no training rows."""
+def check_classes(data: ClassificationDataModule, describe: Callable[[int], str]) -> None:
+    """Raises ValueError if a class has no training rows, naming with `describe` a row elsewhere that has the class."""
     if data.spec.problem not in ("multiclass", "binary"):
         return
     counts = class_counts(data, "train").tolist()
-    empty = [name for name, n in zip(data.spec.class_names, counts, strict=True) if n == 0]
+    empty = [number for number, n in enumerate(counts) if n == 0]
     if empty:
+        assert data.examples is not None and data.examples.labels is not None
+        name, rows = data.spec.class_names[empty[0]], np.flatnonzero(data.examples.labels.numpy() == empty[0])
+        elsewhere = ""
+        if len(rows):
+            met = " and ".join(s for s in SPLITS if np.isin(rows, data.splits[s]).any())
+            elsewhere = f"; {name!r} is met in {met} alone: {describe(int(rows[0]))}"
         raise ValueError(
-            f"expected training rows of every class, got none of {', '.join(map(repr, empty))} "
-            f"(classes: {', '.join(map(repr, data.spec.class_names[:CLASSES_SHOWN]))})"
+            f"expected training rows of every class, got none of "
+            f"{', '.join(repr(data.spec.class_names[i]) for i in empty)} "
+            f"(classes: {', '.join(map(repr, data.spec.class_names[:CLASSES_SHOWN]))}){elsewhere}"
         )
 
 
@@ -98,6 +105,7 @@ def report(data: ClassificationDataModule) -> dict[str, Any]:
         found["image"] = {key: getattr(spec, key) for key in ("channels", "height", "width")}
         found["image"].update(mean=list(spec.mean or ()), std=list(spec.std or ()))
         found["image"]["in_memory"] = isinstance(store, CachedImages)
+        found["warnings"] += store.losses.sentences()
     found["duplicates"] = _duplicates(data, splits)
     found["warnings"] += _duplicate_warnings(found["duplicates"])
     for name in SPLITS:
@@ -236,6 +244,8 @@ def show(found: dict[str, Any]) -> None:
     for name, numbers in _count_rows(found):
         table.add_row(name, *numbers)
     console.print(table)
+    if found["problem"] == "binary":
+        console.print(f"positive class: {found['class_names'][-1]!r} (the last one; data.class_names sets the order)")
     if "lengths" in found:
         _show_lengths(console, found["lengths"])
         unknown = found["unknown"]

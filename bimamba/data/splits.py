@@ -126,6 +126,18 @@ def make_splits(
     return splits, notes
 
 
+def check_parts(
+    given: dict[str, np.ndarray], splits: dict[str, np.ndarray], val_fraction: float, test_fraction: float
+) -> None:
+    """Raises ValueError for a part of the training rows that was asked for and has no row."""
+    for name, fraction in (("val", val_fraction), ("test", test_fraction)):
+        if fraction and name not in given and not len(splits[name]):
+            raise ValueError(
+                f"data.{name}_fraction: expected at least one row in a part of {fraction:g}, got none "
+                f"(of {len(splits['train'])} training rows every class keeps one); give more rows, or set it to 0"
+            )
+
+
 def _pool(splits: dict[str, np.ndarray], num_folds: int) -> np.ndarray:
     pool = np.sort(np.concatenate([splits["train"], splits["val"]]))
     if len(pool) < num_folds and len(pool):

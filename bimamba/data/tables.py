@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bimamba.data.files import is_hidden
 from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Origins, existing
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".arrow", ".feather")
@@ -62,7 +63,7 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
         if not is_table(path):
             raise ValueError(f"{path}: expected a table ({', '.join(SUFFIXES)}, or one of them with .gz)")
         return {UNSPLIT: [path]}
-    files = sorted(p for p in path.rglob("*") if p.is_file() and is_table(p) and not _is_hidden(p, path))
+    files = sorted(p for p in path.rglob("*") if p.is_file() and is_table(p) and not is_hidden(p, path))
     files = [p for p in files if p.name not in ("dataset_info.json", "dataset_infos.json", "state.json")]
     if not files:
         raise ValueError(f"{path}: expected a folder with tables ({', '.join(SUFFIXES)}, also .gz), found none")
@@ -154,13 +155,18 @@ def read_table(path: Path, text: Iterable[str] = ()) -> pa.Table:
             # The block must hold the longest line; a genomic record of megabases is one line.
             return pj.read_json(_open(path), pj.ReadOptions(block_size=max(1 << 20, _longest_line(path) * 2)))
         return _read_arrow(path)
+    except UnicodeDecodeError as error:  # a column's name
+        raise ValueError(f"{path}: expected UTF-8 text, got another encoding: {error}") from error
     except (pa.ArrowException, OSError, EOFError) as error:
+        if "UTF8" in str(error):
+            raise ValueError(f"{path}: expected UTF-8 text, got another encoding (Latin-1?): {error}") from error
         raise ValueError(f"{path}: cannot be read as {kind.removeprefix('.').upper()}: {error}") from error
 
 
 def _read_csv(path: Path, delimiter: str, text: Iterable[str]) -> pa.Table:
     import pyarrow.csv as pv
 
+    _check_encoding(path)
     table = pv.read_csv(
         _open(path),
         # Single-threaded: only then do errors name the row.
@@ -169,7 +175,21 @@ def _read_csv(path: Path, delimiter: str, text: Iterable[str]) -> pa.Table:
         # Without this a column of "1", "2" ids becomes numbers, and a sequence "NA" stays text as it should.
         pv.ConvertOptions(column_types={c: pa.string() for c in text}),
     )
+    if table.num_rows == 0:
+        raise ValueError(f"{path}: expected rows below the header line, found none")
+    # Where it infers a type, the reader hands on what is no UTF-8 as bytes.
+    for name, kind in zip(table.column_names, table.schema.types, strict=True):
+        if pa.types.is_binary(kind):
+            raise ValueError(f"{path}: column {name!r}: expected UTF-8 text, got another encoding (Latin-1?)")
     return table.rename_columns([c.strip() for c in table.column_names])
+
+
+def _check_encoding(path: Path) -> None:
+    """Raises ValueError for UTF-16, which spreadsheets write as "Unicode text"."""
+    with _open(path) as stream:
+        start = stream.read(1000)
+    if b"\0" in start:
+        raise ValueError(f"{path}: expected UTF-8 text, got UTF-16, or no text at all (there are zero bytes)")
 
 
 def _read_arrow(path: Path) -> pa.Table:
@@ -196,10 +216,6 @@ def _longest_line(path: Path) -> int:
             longest = max(longest, rest + int(ends[0]), int(np.diff(ends).max(initial=0)))
             rest = len(block) - int(ends[-1]) - 1
     return max(longest, rest) + 1
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _split_of(file: Path, root: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bimamba.data import preflight
 from bimamba.data.augment import ImageAugmentation, normalise
 from bimamba.data.collate import Batch
 from bimamba.data.datamodule import ClassificationDataModule, RowDataset
@@ -23,6 +24,7 @@ from bimamba.data.images import (
 )
 from bimamba.data.labels import LabelMap
 from bimamba.data.mix import Mix
+from bimamba.data.pixels import Losses
 from bimamba.data.records import Records, Source
 from bimamba.spec import DataSpec
 
@@ -104,22 +106,28 @@ class VisionDataModule(ClassificationDataModule):
     def _store(self, records: Records) -> CachedImages | LazyImages:
         geometry = self._geometry(records)
         size = len(records) * geometry.channels * geometry.height * geometry.width
+        tell_colour = self.channels is None
         if self.cache == "device":
-            return DeviceImages(decode_all(records.inputs, geometry).pixels)
+            decoded = decode_all(records.inputs, geometry, tell_colour)
+            return DeviceImages(decoded.pixels, decoded.losses)
         if self.cache is True or (self.cache == "auto" and size <= CACHE_LIMIT):
-            return decode_all(records.inputs, geometry)
-        return LazyImages(records.inputs, geometry, self.augmentation.resized_crop, self.seed)
+            return decode_all(records.inputs, geometry, tell_colour)
+        return LazyImages(
+            records.inputs, geometry, self.augmentation.resized_crop, self.seed, losses=Losses(tell_colour)
+        )
 
     def _setup_predict(self) -> None:
         super()._setup_predict()
         assert self._predicted is not None
         if isinstance(self._predicted.inputs, DeviceImages):  # read once: a copy on the device gains nothing
-            self._predicted.inputs = CachedImages(self._predicted.inputs.pixels)
+            self._predicted.inputs = CachedImages(self._predicted.inputs.pixels, self._predicted.inputs.losses)
+        for sentence in self._predicted.inputs.losses.sentences():
+            preflight.warn(f"{self.predict}: {sentence}")
 
     def _make_spec(self, store: CachedImages | LazyImages, names: LabelMap, train: np.ndarray) -> DataSpec:
         if isinstance(store, DeviceImages):
-            store = CachedImages(store.pixels)
-        channels, height, width = store.batch(torch.zeros(1, dtype=torch.int64)).shape[1:]
+            store = CachedImages(store.pixels, store.losses)
+        channels, height, width = store.shape
         for option in ("color_jitter", "rand_augment", "trivial_augment"):
             if getattr(self.augmentation, option) and channels != 3:
                 raise ValueError(f"data.augment.{option}: expected images of 3 channels, got {channels}")

@@ -1,7 +1,9 @@
 """The contract with train.py: the spec, what a checkpoint expects, prediction, and Lightning's hooks."""
 
 import json
+import os
 import pickle
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -72,9 +74,10 @@ def test_file_system_order_does_not_matter(tmp_path, monkeypatch):
         return [next(iter(d.train_dataloader()))["id"] for d in (images, sequences)]
 
     first = ids()
-    for name in ("iterdir", "rglob"):
-        plain = getattr(Path, name)
-        monkeypatch.setattr(Path, name, lambda self, *a, plain=plain: reversed(list(plain(self, *a))))
+    plain = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(plain(self))))
+    turned = SimpleNamespace(scandir=lambda path: reversed(list(os.scandir(path))))
+    monkeypatch.setattr("bimamba.data.files.os", turned)
     assert ids() == first
 
 
@@ -136,6 +139,48 @@ def test_loaders_can_be_pickled_for_other_start_methods(tmp_path):
         dataset = data.train_dataloader().dataset
         again = pickle.loads(pickle.dumps(dataset))
         assert torch.equal(again[[0, 1]]["inputs"], dataset[[0, 1]]["inputs"])
+
+
+# Names and order of the classes
+
+
+def labels_of(data):
+    return {name: b["label"].tolist()[i] for b in data.train_dataloader() for i, name in enumerate(b["id"])}
+
+
+def test_the_datas_own_names_set_the_order_and_new_ones_rename(tmp_path, capsys):
+    write_fasta(tmp_path / "enhancer.fa", {"e1": "ACGT", "e2": "AACC"})
+    write_fasta(tmp_path / "random.fa", {"r1": "GGGT", "r2": "CCAT"})
+
+    def data(*names):
+        made = SequenceDataModule(
+            FastaClasses(), path=str(tmp_path), class_names=names, val_fraction=0, test_fraction=0
+        )
+        made.setup("fit")
+        return made
+
+    first = {"e1": 0, "e2": 0, "r1": 1, "r2": 1}
+    assert labels_of(data("enhancer", "random")) == labels_of(data("yes", "no")) == labels_of(data("yes", "random"))
+    assert labels_of(data("yes", "no")) == first
+    turned = data("random", "enhancer")
+    assert turned.spec.class_names == ("random", "enhancer")
+    assert labels_of(turned) == {name: 1 - label for name, label in first.items()}
+    turned.preflight()
+    assert "positive class: 'enhancer'" in capsys.readouterr().err
+    with stops("data.class_names", "(enhancer, random)", "got random, other", "'random' is a name of the data"):
+        data("random", "other")
+
+
+def test_label_columns_in_the_order_of_the_names(tmp_path):
+    path = write_table(tmp_path / "x.csv", {"sequence": ["AC", "GT"], "x": [1, 1], "y": [0, 0]})
+    data = SequenceDataModule(
+        SequenceTable(label_column=["x", "y"]), path=str(path), class_names=["y", "x"], val_fraction=0, test_fraction=0
+    )
+    data.setup("fit")
+    assert data.spec.class_names == ("y", "x") and set(map(tuple, labels_of(data).values())) == {(0, 1)}
+    data.predict = str(path)
+    data.setup("predict")
+    assert next(iter(data.predict_dataloader()))["label"].tolist() == [[0, 1]] * 2
 
 
 # What a checkpoint expects

@@ -98,6 +98,18 @@ def test_bad_image_folders(tmp_path):
         setup(ImageFolder(), tmp_path / "b" / "x.png")
 
 
+def test_hidden_files_are_no_images_and_other_kinds_are_told(tmp_path):
+    write_images(tmp_path, {"a": 5, "b": 5, "b/.ipynb_checkpoints": 2, ".trash": 3})
+    (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "000.JFIF")
+    for name in ("b/x.heic", "b/y.heic", "b/labels.csv", "README", "b/Thumbs.db", "b/.x.bz2"):
+        (tmp_path / name).write_bytes(b"")
+    write_images(tmp_path, {".": 1})
+    data = setup(ImageFolder(), tmp_path, val_fraction=0, test_fraction=0)
+    assert data.sizes["train"] == 10 and "a/000.JFIF" in rows_of(data.train_dataloader())
+    (note,) = [n for n in data.notes if "left out" in n]
+    assert "left out: 2 .heic, 1 .png: expected .png" in note and note.endswith("in class folders")
+
+
 def test_sizes_that_differ(tmp_path):
     write_images(tmp_path, {"a": 5, "b": 5})
     write_images(tmp_path / "b" / "large", {"x": 2}, size=12)
@@ -123,13 +135,59 @@ def test_grey_colour_palette_alpha_and_16_bit(tmp_path):
     ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     Image.fromarray(ramp).save(tmp_path / "b" / "grey.png")
     Image.fromarray(ramp).convert("P").save(tmp_path / "b" / "palette.png")
-    Image.fromarray(np.dstack([ramp] * 4)).save(tmp_path / "b" / "alpha.png")
+    Image.fromarray(np.dstack([0 * ramp] * 3 + [255 - ramp])).save(tmp_path / "b" / "alpha.png")
+    Image.fromarray(np.dstack([0 * ramp, 255 - ramp])).save(tmp_path / "b" / "grey_alpha.png")
+    Image.fromarray((ramp / 255).astype(np.float32)).save(tmp_path / "b" / "unit.tif")
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b" / "float.tif")
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "b" / "deep.png")
     data = setup(ImageFolder(), tmp_path, val_fraction=0, test_fraction=0)
     found = rows_of(data.train_dataloader())
-    for name in ("grey", "palette", "alpha", "deep"):
-        assert np.array_equal(found[f"b/{name}.png"][0].numpy(), np.stack([ramp] * 3)), name
+    for name in ("grey.png", "palette.png", "alpha.png", "grey_alpha.png", "deep.png", "unit.tif", "float.tif"):
+        assert np.array_equal(found[f"b/{name}"][0].numpy(), np.stack([ramp] * 3)), name
+    assert data.examples.inputs.losses.sentences() == []
     assert setup(ImageFolder(), tmp_path, channels=1, test_fraction=0).spec.channels == 1
+
+
+def test_a_transparent_palette_lies_on_white(tmp_path):
+    image = Image.new("P", (8, 8), 3)
+    image.putpalette([0, 0, 0] * 256)
+    image.putpixel((0, 0), 5)
+    image.save(tmp_path / "x.png", transparency=3)
+    pixels = Geometry(1, 8, 8)(Image.open(tmp_path / "x.png"))[0]
+    assert pixels[0, 0] == 0 and (pixels.reshape(-1)[1:] == 255).all()
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_what_is_lost_of_the_pixels_is_told(tmp_path, monkeypatch, cache):
+    write_images(tmp_path, {"a": 3, "b": 3})
+    ramp = np.arange(64).reshape(8, 8)
+    Image.fromarray((ramp * 60).astype(np.uint16)).save(tmp_path / "a" / "deep.png")
+    Image.fromarray((ramp * 50.0).astype(np.float32)).save(tmp_path / "a" / "float.tif")
+    page = Image.fromarray(ramp.astype(np.uint8))
+    page.save(tmp_path / "b" / "pages.tif", save_all=True, append_images=[page])
+    monkeypatch.setattr("bimamba.data.vision.look", lambda images: (1, {(8, 8)}))
+    options = dict(val_fraction=0, test_fraction=0, cache=cache, num_workers=0)
+    said = "\n".join(setup(ImageFolder(), tmp_path, **options).preflight()["warnings"])
+    for part in (
+        *("6 images with colours, such as", "data.channels=3", "pages.tif, only the first page is read"),
+        *("the largest value of 1 16-bit images is 3780, in", "deep.png", "0 to 14 of 255", "12-bit values", "by 16"),
+        *("beyond 0 to 255, up to 3150 in", "float.tif"),
+    ):
+        assert part in said, part
+    said = setup(ImageFolder(), tmp_path, channels=1, **options).preflight()["warnings"]
+    assert not any("colours" in warning for warning in said)  # asked for
+
+
+def test_colours_met_in_a_worker_are_told(tmp_path, monkeypatch):
+    from bimamba.data import images
+
+    write_images(tmp_path, {"a": 2, "b": 2})
+    told = []
+    monkeypatch.setattr(images, "rank_zero_warn", told.append)
+    monkeypatch.setattr(images, "get_worker_info", lambda: type("Worker", (), {"id": 0}))
+    store = LazyImages(images.EncodedImages(images.find_images(tmp_path), str), Geometry(1, 8, 8))
+    store.batch(torch.arange(4))
+    assert len(told) == 1 and "with colours, such as 0, are read as grey" in told[0]
 
 
 def test_turned_by_exif(tmp_path):
@@ -354,6 +412,11 @@ def test_images_of_one_colour_cannot_be_normalised(tmp_path):
         for i in range(4):
             Image.new("L", (8, 8), 51).save(tmp_path / name / f"{i}.png")
     with stops("every pixel has the value 0.2"):
+        setup(ImageFolder(), tmp_path)
+    for name in ("a", "b"):
+        for i in range(4):
+            Image.fromarray(np.full((8, 8), 50 * i, np.uint16)).save(tmp_path / name / f"{i}.png")
+    with stops("every pixel has the value 0;", "8 16-bit images is 150, in", "3.png", "8-bit values", "by 257"):
         setup(ImageFolder(), tmp_path)
 
 

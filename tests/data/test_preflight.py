@@ -43,7 +43,10 @@ def test_length_histogram_counts_every_row(tmp_path):
 
 
 def test_unknown_characters_are_counted(tmp_path):
-    found = report(write_table(tmp_path / "x.csv", {"sequence": ["ACNN", "ACGR", "acgt", "TTTT"], "label": [0, 1] * 2}))
+    found = report(
+        write_table(tmp_path / "x.csv", {"sequence": ["ACNN", "ACGR", "acgt", "TTTT"], "label": [0, 1] * 2}),
+        val_fraction=0,
+    )
     assert found["unknown"]["characters"] == {"N": 2, "R": 1} and found["unknown"]["share"] == 3 / 16
 
 

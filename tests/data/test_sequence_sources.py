@@ -206,6 +206,23 @@ def test_unreadable_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"sequence,label\n", ["expected rows below the header line, found none"]),
+        (b"sequence,label\nACGT,\xe9\nAC,b\n", ["column 'label'", "expected UTF-8 text"]),
+        (b"sequence,label\nAC\xe9T,a\nAC,b\n", ["expected UTF-8 text"]),
+        (b"sequence,label\xe9\nACT,a\nAC,b\n", ["expected UTF-8 text"]),
+        ("sequence,label\nACT,a\nAC,b\n".encode("utf-16"), ["expected UTF-8 text, got UTF-16"]),
+    ],
+)
+def test_tables_without_rows_or_in_another_encoding(tmp_path, content, parts):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content)
+    with stops("x.csv: ", *parts):
+        setup(SequenceTable(), path)
+
+
+@pytest.mark.parametrize(
     ("sequences", "labels", "parts"),
     [
         (["ACGT", ""], [0, 1], ["x.jsonl: row 2", "expected a sequence, got an empty one"]),
@@ -247,7 +264,9 @@ def test_problem_that_does_not_fit(tmp_path):
 def test_class_without_training_rows(tmp_path):
     write_table(tmp_path / "train.csv", sequence_rows(20))
     write_table(tmp_path / "test.csv", sequence_rows(21, seed=1, classes=3))
-    with stops("expected training rows of every class", "got none of '2'"):
+    with stops(
+        "expected training rows of every class", "got none of '2'", "'2' is met in test alone:", "test.csv: row 3"
+    ):
         setup(SequenceTable(), tmp_path)
 
 
@@ -298,6 +317,22 @@ def test_fasta_classes_with_splits(tmp_path):
         for name in ("a", "b"):
             write_fasta(tmp_path / split / f"{name}.fa", {f"{i}": dna(rng, 30) for i in range(n)})
     assert setup(FastaClasses(), tmp_path).sizes == {"train": 24, "val": 8, "test": 10}
+
+
+def test_files_that_are_no_fasta_are_told_and_hidden_ones_ignored(tmp_path):
+    for name in ("a.fa", "b.fa", ".c.fa", "._b.fa", "deep/d.fa"):
+        write_fasta(tmp_path / name, {"x": "ACGT", "y": "GGTT"})
+    for name in ("e.fa.bz2", "f.txt", "README.md", "a.fa.fai"):
+        (tmp_path / name).write_bytes(b"")
+    data = setup(FastaClasses(), tmp_path, val_fraction=0, test_fraction=0)
+    assert data.spec.class_names == ("a", "b")
+    (note,) = [n for n in data.notes if "left out" in n]
+    for part in ("1 .bz2", "1 .txt", "1 .fa", "expected .fa, ", "in the folder itself"):
+        assert part in note, part
+    data.predict = str(tmp_path)
+    with pytest.warns(UserWarning, match="left out: 1 .bz2, 1 .txt"):
+        data.setup("predict")
+    assert len(data._predicted) == 6
 
 
 def test_fasta_line_ends_and_bare_headers(tmp_path):
@@ -370,6 +405,23 @@ def test_bed_cuts_intervals_on_their_strand(tmp_path, gz):
             text = reverse_complement(text.encode()).decode()
         expected[f"{c}:{start}-{end}({strand})"] = (text, "ab".index(name))
     assert rows_of(data.train_dataloader()) == expected and data.spec.class_names == ("a", "b")
+
+
+def test_names_of_intervals_are_no_classes(tmp_path):
+    lines = [(c, start, end, f"peak{i}", *rest) for i, (c, start, end, _, *rest) in enumerate(bed_lines())]
+    fasta, bed, _ = bed_files(tmp_path, lines)
+    with stops("got 30 values of which 30 have one row ('peak0', 'peak1'", "label_column", "problem=regression"):
+        setup(FastaBed(str(fasta)), bed)
+    with stops("data.test_fraction: expected at least one row in a part of 0.2, got none", "or set it to 0"):
+        setup(FastaBed(str(fasta)), bed, problem="multiclass", val_fraction=0)
+    data = setup(FastaBed(str(fasta)), bed, problem="multiclass", val_fraction=0, test_fraction=0)
+    assert len(data.spec.class_names) == 30
+
+
+def test_numbers_that_hardly_repeat_are_no_classes(tmp_path):
+    columns = {"sequence": ["ACGT"] * 50, "label": [*range(100, 120), *[1, 2, 3, 4, 5] * 6]}
+    with stops("got 25 values of which 20 have one row (100, 101, 102, 103, 104, …)", "problem=regression"):
+        setup(SequenceTable(), write_table(tmp_path / "x.csv", columns))
 
 
 def test_bed_columns_by_name_and_number(tmp_path):

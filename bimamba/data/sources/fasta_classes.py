@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bimamba.data.fasta import FASTA_SUFFIXES, class_of, is_fasta
+from bimamba.data.fasta import BESIDE_FASTA, FASTA_SUFFIXES, class_of, is_fasta
+from bimamba.data.files import is_hidden, left_out
 from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Records, required_path
 from bimamba.data.sources.image_folder import subfolders
 from bimamba.data.sources.reading import fasta_records, read_sequences
@@ -32,7 +33,7 @@ class FastaClasses:
         if not folders:
             folders = {UNSPLIT: root}
         files = {
-            split: sorted(p for p in folder.iterdir() if p.is_file() and is_fasta(p))
+            split: sorted(p for p in folder.iterdir() if p.is_file() and is_fasta(p) and not is_hidden(p, folder))
             for split, folder in folders.items()
         }
         for split, found in files.items():
@@ -48,6 +49,10 @@ class FastaClasses:
         records, counts = fasta_records(everything)
         records.labels = np.repeat([names.index(class_of(p)) for p in everything], counts)
         records.label_names = names
+        where = "in the folder itself" if UNSPLIT in folders else f"in {', '.join(p.name for p in folders.values())}"
+        records.notes += left_out(
+            root, everything, f"{', '.join(FASTA_SUFFIXES)} (also .gz), one a class, {where}", BESIDE_FASTA
+        )
         of_split = np.repeat([split for split, found in files.items() for _ in found], counts)
         records.splits = {split: np.flatnonzero(of_split == split) for split in files}
         return records

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bimamba.data.images import IMAGE_SUFFIXES, find_images
+from bimamba.data.files import left_out
+from bimamba.data.images import BESIDE_IMAGES, IMAGE_SUFFIXES, find_images
 from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Records, required_path
 from bimamba.data.sources.reading import image_file_records, read_images
 
@@ -48,6 +49,7 @@ class ImageFolder:
             splits[split] = np.arange(first, len(files))
         records = image_file_records(files, root)
         records.labels, records.label_names, records.splits = np.array(labels, np.int64), names, splits
+        records.notes += left_out(root, files, f"{', '.join(IMAGE_SUFFIXES)} in class folders", BESIDE_IMAGES)
         return records
 
     def read(self, path: str) -> Records:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bimamba.data.fasta import class_of, is_fasta, read_fasta
-from bimamba.data.images import EncodedImages, find_images
+from bimamba.data.fasta import BESIDE_FASTA, FASTA_SUFFIXES, class_of, is_fasta, read_fasta
+from bimamba.data.files import files_below, left_out
+from bimamba.data.images import BESIDE_IMAGES, IMAGE_SUFFIXES, EncodedImages, find_images
 from bimamba.data.labels import read_labels
 from bimamba.data.records import UNSPLIT, Names, Origins, Records, existing
 from bimamba.data.sequences import ByteRows
@@ -46,11 +47,12 @@ def read_sequences(
     root = existing(path, "data.predict")
     fasta = [root] if root.is_file() and is_fasta(root) else []
     if root.is_dir():
-        fasta = sorted(p for p in root.rglob("*") if p.is_file() and is_fasta(p))
+        fasta = [p for p in files_below(root) if is_fasta(p)]
     if fasta:
         records, counts = fasta_records(fasta)
         if root.is_dir():  # perhaps one file a class
             records.labels = np.repeat(np.array([class_of(p) for p in fasta], dtype=object), counts)
+            records.notes += left_out(root, fasta, f"{', '.join(FASTA_SUFFIXES)} (also .gz)", BESIDE_FASTA)
         return records
     files = find_tables(root)
     everything = [p for paths in files.values() for p in paths]
@@ -151,6 +153,7 @@ def read_images(
     files = find_images(root) if root.is_dir() else []
     if files:
         records = image_file_records(files, root)
+        records.notes += left_out(root, files, ", ".join(IMAGE_SUFFIXES), BESIDE_IMAGES)
         if all(p.parent != root for p in files):  # perhaps one folder a class
             records.labels = np.array([p.relative_to(root).parts[0] for p in files], dtype=object)
         return records
