@@ -63,6 +63,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     if checkpoint:
         cfg = with_checkpoint(cfg, checkpoint, overrides)
         cfg.ckpt_path = path
+    config.settle_modes(cfg)
     config.fit_options(cfg)
     config.check_switches(cfg)
     with claimed(cfg.paths.output_dir, fresh=cfg.stage == "fit" and checkpoint is None):

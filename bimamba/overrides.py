@@ -66,6 +66,8 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
     for override in typed:
         if override not in groups and not override.key_or_group.startswith("hydra."):
             _apply(merged, override, checkpoint.get("choices", {}))
+    if "monitor" in said and "monitor_mode" not in said:
+        merged.monitor_mode = None  # the old metric's
     if cfg.stage == "fit":
         _refuse_another_optimizer(given, merged)
     OmegaConf.set_struct(merged, True)

@@ -112,6 +112,17 @@ def test_command_line_adds_to_the_checkpoint(fitted, tmp_path):
     assert cfg.paths.output_dir == str(tmp_path)
 
 
+def test_another_monitor_on_top_of_a_checkpoint_brings_its_own_mode(fitted, tmp_path):
+    checkpoint = read_checkpoint(fitted[0] / "checkpoints" / "last.ckpt")
+    assert checkpoint["config"]["monitor_mode"] == "min"  # settled before anything was saved
+    typed = [last(fitted), "monitor=val/accuracy"]
+    given = composed(tmp_path, *typed)
+    with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = with_checkpoint(given, checkpoint, typed)
+    train.config.settle_modes(cfg)
+    assert cfg.monitor_mode == cfg.callbacks.model_checkpoint.mode == "max"
+
+
 def test_resuming_goes_on_where_it_stopped_in_the_same_folder(tmp_path):
     run(tmp_path, *DIGITS, "trainer.max_epochs=1", "test=false")
     first = load(tmp_path / "checkpoints" / "last.ckpt")

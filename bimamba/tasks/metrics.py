@@ -12,6 +12,21 @@ from torchmetrics import Metric, MetricCollection
 
 from bimamba.spec import DataSpec
 
+# Names of what the tasks log, less their prefix (`val/`), by where the better values lie.
+SMALL_IS_BETTER = {"loss", "loss_step", "mse", "mae", "calibration_error", "perplexity"}
+LARGE_IS_BETTER = {
+    *("accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "f1_macro", "mcc", "auroc"),
+    *("average_precision", "exact_match", "r2", "pearson", "spearman"),
+}
+
+
+def mode_of(metric: str) -> str | None:
+    """Whether a metric should become small (`min`) or large (`max`), by its name; None for one that no task makes."""
+    name = metric.rpartition("/")[2]
+    if name in SMALL_IS_BETTER:
+        return "min"
+    return "max" if name in LARGE_IS_BETTER else None
+
 
 class LossMean(Metric):
     """Weighted mean of the training's losses over an epoch and all processes; NaN where no loss was a number.
