@@ -25,6 +25,7 @@ from bimamba import config
 from bimamba.allocator import keep_freed_memory
 from bimamba.callbacks import SaveOnInterrupt, StopOnInterrupt
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
+from bimamba.data.fingerprint import compare
 from bimamba.export import export
 from bimamba.files import write_json
 from bimamba.loggers import finish_wandb
@@ -93,10 +94,13 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     datamodule.setup(data_stage)
     if data_stage != "predict":
         record(output_dir / "preflight.json", datamodule.preflight())
+        if checkpoint:
+            compare(checkpoint, datamodule.fingerprint, plain["data"], resuming=cfg.stage == "fit")
     spec = datamodule.spec
     record(output_dir / "spec.json", spec.to_dict())
 
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
+    saved["splits"] = datamodule.fingerprint
     task: Any = make_task(cfg, spec, saved, checkpoint)
     trainer: Trainer = instantiate(cfg.trainer, callbacks=make_callbacks(cfg), logger=make_loggers(cfg))
     if is_initialized() and (started := get_world_size()) != trainer.world_size:

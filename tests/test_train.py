@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -79,12 +80,19 @@ def test_a_checkpoint_carries_its_configuration_in_plain_containers(fitted):
 
 
 def test_testing_repeats_no_override_and_gives_the_same_figures(fitted, tmp_path):
-    metrics = run(tmp_path, "stage=test", best(fitted), "extras.print_config=false")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the checkpoint was trained on other rows")
+        metrics = run(tmp_path, "stage=test", best(fitted), "extras.print_config=false", "seed=5")  # the splits stay
     for name in ("test/accuracy", "test/loss", "test/mcc", "test/auroc"):
         assert metrics[name] == pytest.approx(fitted[1][name], abs=1e-6), name
     assert (tmp_path / "predictions.parquet").is_file()
     assert (tmp_path / "plots" / "confusion_matrix_test.png").is_file()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_testing_on_other_rows_of_the_same_data_is_told(fitted, tmp_path):
+    with pytest.warns(UserWarning, match=r"may be among those tested \(data\.seed=5; the old .* data\.seed=0\)"):
+        run(tmp_path, "stage=test", best(fitted), "data.seed=5", "callbacks=none", "trainer.limit_test_batches=1")
 
 
 def test_predicting_needs_no_training_data(fitted, tmp_path):
@@ -105,7 +113,8 @@ def test_command_line_adds_to_the_checkpoint(fitted, tmp_path):
     given = composed(tmp_path, *typed)
     with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = with_checkpoint(given, checkpoint, typed)
-    assert cfg.data.batch_size == 7 and cfg.data.seed == 3
+    assert cfg.data.batch_size == 7 and cfg.seed == 3
+    assert cfg.data.seed == 0  # or rows of the training would be tested
     assert cfg.model.d_model == 16 and cfg.model.embedding.patch_size == 4  # the checkpoint's
     assert cfg.trainer.devices == 2 and cfg.trainer.max_epochs == 10  # the group's, not that of the default experiment
     assert not cfg.logger
