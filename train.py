@@ -67,7 +67,7 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     config.settle_modes(cfg)
     config.fit_options(cfg)
     config.check_switches(cfg)
-    with claimed(cfg.paths.output_dir, fresh=cfg.stage == "fit" and checkpoint is None):
+    with claimed(cfg.paths.output_dir, fresh=cfg.stage == "fit" and checkpoint is None, stage=cfg.stage):
         return run(cfg, checkpoint, choices)
 
 

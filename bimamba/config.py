@@ -301,8 +301,11 @@ def _run_of(ckpt_path: str | None, log_dir: str, task_name: str) -> Path | None:
 
 
 def _hydra_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str) -> str:
-    """A resumed training must not overwrite what Hydra wrote when it began."""
-    if stage == "fit" and (ckpt_path == "auto" or _run_of(ckpt_path, log_dir, task_name)):
+    """A resumed training must not overwrite what Hydra wrote when it began, nor an evaluation that was given a
+    training's folder and will be refused there."""
+    if stage != "fit":
+        return f".hydra/{stage}_{_stamp()}"
+    if ckpt_path == "auto" or _run_of(ckpt_path, log_dir, task_name):
         return f".hydra/resumed_{_stamp()}"
     return ".hydra"
 

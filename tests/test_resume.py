@@ -206,6 +206,12 @@ def test_last_is_the_newest_run_of_the_task(tmp_path, capsys):
     # a new training does not overwrite another one
     with pytest.raises(ValueError, match=r"holds the checkpoints of another training: go on with it \(ckpt_path="):
         run(folder, *options)
+    # nor does an evaluation, which has a folder of its own
+    kept = {p: p.read_bytes() for p in folder.glob("*.*") if p.is_file()}
+    for stage in ("test", "export"):
+        with pytest.raises(ValueError, match=f"holds a training, .* stage={stage} would overwrite"):
+            run(folder, f"stage={stage}", f"ckpt_path={folder / 'checkpoints' / 'best.ckpt'}")
+    assert kept == {p: p.read_bytes() for p in folder.glob("*.*") if p.is_file()}
 
 
 def test_two_runs_in_one_folder_are_one_clear_error(tmp_path):
