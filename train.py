@@ -53,7 +53,8 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
         choices: which file was chosen of each group; saved in checkpoints.
 
     Returns:
-        The last metrics, `train/…`, `val/…`, `test/…`, `predict/…` or `explain/…`; the monitored one at its best.
+        The metrics, `train/…`, `val/…`, `test/…`, `predict/…` or `explain/…`. Of a training they are the last epoch's;
+        `val/…`, and the monitored one, are those of the epoch whose checkpoint is kept as the best and is tested.
 
     Raises:
         ValueError, FileNotFoundError: what the user gave cannot work; says what was expected.
@@ -179,9 +180,11 @@ def earlier(output_dir: Path) -> dict[str, float]:
 
 
 def best_score(trainer: Trainer) -> dict[str, float]:
-    """The monitored metric at its best epoch, which is the one of the checkpoint that is tested."""
+    """The validation's metrics at the best epoch, which is the one of the checkpoint that is tested."""
     callback: Any = trainer.checkpoint_callback
-    score = getattr(callback, "best_model_score", None)
+    if kept := getattr(callback, "best_metrics", {}):
+        return dict(kept)
+    score = getattr(callback, "best_model_score", None)  # Lightning's own callback, or an earlier version's training
     return {callback.monitor: float(score)} if score is not None and callback.monitor else {}
 
 
