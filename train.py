@@ -97,6 +97,8 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
         record(output_dir / "preflight.json", datamodule.preflight())
         if checkpoint:
             compare(checkpoint, datamodule.fingerprint, plain["data"], resuming=cfg.stage == "fit")
+    if cfg.stage == "fit":
+        config.check_validation(cfg, datamodule.sizes["val"])
     spec = datamodule.spec
     record(output_dir / "spec.json", spec.to_dict())
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import get_object
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -117,6 +118,28 @@ def _settled(key: str, metric: str | None, mode_key: str, mode: str | None, stri
             "better) or max beside it"
         )
     return str(mode or known)
+
+
+def check_validation(cfg: DictConfig, rows: int) -> None:
+    """Refuse a callback or schedule that waits for a figure of a validation that there is not. (Without one, the last
+    checkpoint counts as the best.)
+
+    Args:
+        rows: of the validation set.
+
+    Raises:
+        ValueError: such a part; Lightning would stop at the end of the first epoch, or the rate never fall.
+    """
+    if rows and cfg.trainer.get("limit_val_batches") != 0:
+        return
+    for path, part in (*_targets(cfg.callbacks, "callbacks"), *_targets(cfg.task, "task")):
+        kind = _target(part, path)
+        keeps = inspect.isclass(kind) and issubclass(kind, Checkpoint)
+        if not keeps and str(part.get("monitor")).startswith("val/"):
+            raise ValueError(
+                f"{path}.monitor={part.monitor}: expected a validation, and there is none (data.val_fraction=0, or "
+                "trainer.limit_val_batches=0); give it rows, or leave this part out"
+            )
 
 
 def fit_options(cfg: DictConfig) -> None:

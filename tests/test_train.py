@@ -213,6 +213,11 @@ def test_seed_zero_is_a_seed_and_null_is_none(tmp_path):
         (["monitor=test/accuracy"], "must not choose the model"),
         (["seed=0", "task.label_smoothing=2"], "label_smoothing"),
         (["task.scheduler.warmup=-3"], "warmup"),
+        (
+            ["data.val_fraction=0", "callbacks=early_stopping"],
+            "callbacks.early_stopping.monitor=val/loss: expected a val",
+        ),
+        (["trainer.limit_val_batches=0", "task=plateau"], "task.scheduler.monitor=val/loss: expected a validation"),
         (["callbacks.model_checkpoint.save_top_k=3"], "the last one would overwrite the best"),
         (["logger=wandb", "logger.wandb.mode=online"], "logger.wandb.mode=offline"),
     ],
