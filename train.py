@@ -25,6 +25,7 @@ from bimamba import config
 from bimamba.allocator import keep_freed_memory
 from bimamba.callbacks import SaveOnInterrupt, StopOnInterrupt
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
+from bimamba.data.fingerprint import compare
 from bimamba.export import export
 from bimamba.files import write_json
 from bimamba.loggers import finish_wandb
@@ -52,7 +53,8 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
         choices: which file was chosen of each group; saved in checkpoints.
 
     Returns:
-        The last metrics, `train/…`, `val/…`, `test/…`, `predict/…` or `explain/…`; the monitored one at its best.
+        The metrics, `train/…`, `val/…`, `test/…`, `predict/…` or `explain/…`. Of a training they are the last epoch's;
+        `val/…`, and the monitored one, are those of the epoch whose checkpoint is kept as the best and is tested.
 
     Raises:
         ValueError, FileNotFoundError: what the user gave cannot work; says what was expected.
@@ -63,9 +65,10 @@ def train(cfg: DictConfig, overrides: Sequence[str] = (), choices: Mapping[str, 
     if checkpoint:
         cfg = with_checkpoint(cfg, checkpoint, overrides)
         cfg.ckpt_path = path
+    config.settle_modes(cfg)
     config.fit_options(cfg)
     config.check_switches(cfg)
-    with claimed(cfg.paths.output_dir, fresh=cfg.stage == "fit" and checkpoint is None):
+    with claimed(cfg.paths.output_dir, fresh=cfg.stage == "fit" and checkpoint is None, stage=cfg.stage):
         return run(cfg, checkpoint, choices)
 
 
@@ -92,10 +95,15 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     datamodule.setup(data_stage)
     if data_stage != "predict":
         record(output_dir / "preflight.json", datamodule.preflight())
+        if checkpoint:
+            compare(checkpoint, datamodule.fingerprint, plain["data"], resuming=cfg.stage == "fit")
+    if cfg.stage == "fit":
+        config.check_validation(cfg, datamodule.sizes["val"])
     spec = datamodule.spec
     record(output_dir / "spec.json", spec.to_dict())
 
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
+    saved["splits"] = datamodule.fingerprint
     task: Any = make_task(cfg, spec, saved, checkpoint)
     trainer: Trainer = instantiate(cfg.trainer, callbacks=make_callbacks(cfg), logger=make_loggers(cfg))
     if is_initialized() and (started := get_world_size()) != trainer.world_size:
@@ -174,9 +182,11 @@ def earlier(output_dir: Path) -> dict[str, float]:
 
 
 def best_score(trainer: Trainer) -> dict[str, float]:
-    """The monitored metric at its best epoch, which is the one of the checkpoint that is tested."""
+    """The validation's metrics at the best epoch, which is the one of the checkpoint that is tested."""
     callback: Any = trainer.checkpoint_callback
-    score = getattr(callback, "best_model_score", None)
+    if kept := getattr(callback, "best_metrics", {}):
+        return dict(kept)
+    score = getattr(callback, "best_model_score", None)  # Lightning's own callback, or an earlier version's training
     return {callback.monitor: float(score)} if score is not None and callback.monitor else {}
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.utils import get_object
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -24,6 +25,7 @@ from torch.distributed import TCPStore
 from bimamba.checkpoint import has_resolver
 from bimamba.collect import flatten
 from bimamba.runs import find_checkpoint
+from bimamba.tasks.metrics import mode_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("fit", "test", "predict", "explain", "export")
@@ -80,6 +82,64 @@ def check(cfg: DictConfig) -> None:
     for key in ("monitor", "optimized_metric"):
         if str(cfg[key]).startswith("test/"):
             raise ValueError(f"{key}={cfg[key]}: the test set must not choose the model; monitor a val/ metric")
+
+
+def settle_modes(cfg: DictConfig) -> None:
+    """Say of every monitored metric whether it should become small or large: `monitor_mode`, and the `mode` of a
+    callback or schedule that was given a metric of its own.
+
+    An evaluation chooses nothing any more, and takes what its checkpoint says.
+
+    Raises:
+        ValueError: a mode that contradicts the metric, or none for a metric of another name than the tasks'.
+    """
+    strict = cfg.stage == "fit"
+    cfg.monitor_mode = _settled("monitor", cfg.monitor, "monitor_mode", cfg.monitor_mode, strict)
+    for path, part in (*_targets(cfg.callbacks, "callbacks"), *_targets(cfg.task, "task")):
+        if {"monitor", "mode"} <= set(part) and isinstance(part.monitor, str):
+            follows = OmegaConf.is_interpolation(part, "mode")
+            if not (follows and part.monitor == cfg.monitor):
+                mode = None if follows else part.mode
+                part.mode = _settled(f"{path}.monitor", part.monitor, f"{path}.mode", mode, strict)
+
+
+def _settled(key: str, metric: str | None, mode_key: str, mode: str | None, strict: bool) -> str:
+    if mode not in (None, "min", "max"):
+        raise ValueError(f"{mode_key}: expected min, max or null (by the metric's name), got {mode!r}")
+    known = mode_of(metric) if metric else "min"  # without a metric there is nothing to compare
+    if strict and metric and mode and known and mode != known:
+        raise ValueError(
+            f"{mode_key}={mode}: {key} is {metric}, and its best value is the "
+            f"{'smallest' if known == 'min' else 'largest'}; expected {known}, or null (by the metric's name)"
+        )
+    if mode is None and known is None:
+        raise ValueError(
+            f"{key}={metric}: nothing is known of a metric of this name; expected {mode_key}=min (small values are "
+            "better) or max beside it"
+        )
+    return str(mode or known)
+
+
+def check_validation(cfg: DictConfig, rows: int) -> None:
+    """Refuse a callback or schedule that waits for a figure of a validation that there is not. (Without one, the last
+    checkpoint counts as the best.)
+
+    Args:
+        rows: of the validation set.
+
+    Raises:
+        ValueError: such a part; Lightning would stop at the end of the first epoch, or the rate never fall.
+    """
+    if rows and cfg.trainer.get("limit_val_batches") != 0:
+        return
+    for path, part in (*_targets(cfg.callbacks, "callbacks"), *_targets(cfg.task, "task")):
+        kind = _target(part, path)
+        keeps = inspect.isclass(kind) and issubclass(kind, Checkpoint)
+        if not keeps and str(part.get("monitor")).startswith("val/"):
+            raise ValueError(
+                f"{path}.monitor={part.monitor}: expected a validation, and there is none (data.val_fraction=0, or "
+                "trainer.limit_val_batches=0); give it rows, or leave this part out"
+            )
 
 
 def fit_options(cfg: DictConfig) -> None:
@@ -264,8 +324,11 @@ def _run_of(ckpt_path: str | None, log_dir: str, task_name: str) -> Path | None:
 
 
 def _hydra_dir(stage: str, ckpt_path: str | None, log_dir: str, task_name: str) -> str:
-    """A resumed training must not overwrite what Hydra wrote when it began."""
-    if stage == "fit" and (ckpt_path == "auto" or _run_of(ckpt_path, log_dir, task_name)):
+    """A resumed training must not overwrite what Hydra wrote when it began, nor an evaluation that was given a
+    training's folder and will be refused there."""
+    if stage != "fit":
+        return f".hydra/{stage}_{_stamp()}"
+    if ckpt_path == "auto" or _run_of(ckpt_path, log_dir, task_name):
         return f".hydra/resumed_{_stamp()}"
     return ".hydra"
 
@@ -284,6 +347,13 @@ def _tasks(devices: Any, accelerator: str | None = None) -> int | None:
     )
 
 
+def _direction(metric: str | None, monitor: str, mode: str | None) -> str:
+    """Which way Optuna goes: that of the metric that a trial returns, whatever else chooses its checkpoint."""
+    own = mode if metric in (None, monitor) else None
+    goal = _settled("optimized_metric", metric or monitor, "hydra.sweeper.direction", own, strict=False)
+    return {"min": "minimize", "max": "maximize"}[goal]
+
+
 def register_resolvers() -> None:
     """`${run_dir:…}`, `${hydra_dir:…}`, `${stamp:}` and `${tasks:…}` of configs/hydra, `${direction:…}` of Optuna's.
 
@@ -292,7 +362,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_dir", _output_dir, replace=True)
     OmegaConf.register_new_resolver("stamp", _stamp, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("tasks", _tasks, replace=True)
-    OmegaConf.register_new_resolver("direction", {"min": "minimize", "max": "maximize"}.__getitem__, replace=True)
+    OmegaConf.register_new_resolver("direction", _direction, replace=True)
     OmegaConf.register_new_resolver("hydra_dir", _hydra_dir, replace=True, use_cache=True)
 
 

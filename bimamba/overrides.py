@@ -29,7 +29,8 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
     """The configuration of a checkpoint plus what this command line adds.
 
     A group override (`trainer=cpu`) replaces that sub-tree, a dotted one (`data.batch_size=8`) that value. A training
-    is resumed with everything it had; an evaluation takes data, model, task and trainer (less its placement).
+    is resumed with everything it had; an evaluation takes data, model, task and trainer (less its placement). Another
+    `seed` leaves the data's as it was, and so the splits: `data.seed` alone draws others.
 
     Args:
         cfg: as Hydra composed it from `overrides`.
@@ -55,6 +56,8 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
     merged: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     for key in keys:
         merged[key] = given[key]
+    if "seed" in said and "seed" in merged.data:
+        merged.data.seed = OmegaConf.select(OmegaConf.create(dict(given)), "data.seed")  # it draws the splits
     if cfg.stage != "fit":
         for key in PLACEMENT:
             if key in fresh.trainer:
@@ -66,6 +69,8 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
     for override in typed:
         if override not in groups and not override.key_or_group.startswith("hydra."):
             _apply(merged, override, checkpoint.get("choices", {}))
+    if "monitor" in said and "monitor_mode" not in said:
+        merged.monitor_mode = None  # the old metric's
     if cfg.stage == "fit":
         _refuse_another_optimizer(given, merged)
     OmegaConf.set_struct(merged, True)

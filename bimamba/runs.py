@@ -72,7 +72,7 @@ def _other_tasks(name: str, log_dir: Path) -> str:
 
 
 @contextmanager
-def claimed(output_dir: str | Path, fresh: bool) -> Iterator[None]:
+def claimed(output_dir: str | Path, fresh: bool, stage: str = "fit") -> Iterator[None]:
     """Hold a run's folder for this process; a lock of the system, so a killed run leaves nothing to clean up.
 
     The first process of several holds it for all.
@@ -80,9 +80,10 @@ def claimed(output_dir: str | Path, fresh: bool) -> Iterator[None]:
     Args:
         output_dir: the run's folder.
         fresh: a new training begins, which must not find another one's checkpoints.
+        stage: an evaluation must not find a training either: its figures would take the place of that one's.
 
     Raises:
-        ValueError: another run writes there at this moment, or `fresh` and there are checkpoints.
+        ValueError: another run writes there at this moment, or there are checkpoints and must not be.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield
@@ -104,6 +105,12 @@ def claimed(output_dir: str | Path, fresh: bool) -> Iterator[None]:
             raise ValueError(
                 f"{output_dir} holds the checkpoints of another training: go on with it (ckpt_path={there}), or give "
                 "this one a folder of its own (hydra.run.dir=…)"
+            )
+        if stage != "fit" and any((output_dir / "checkpoints").glob("*.ckpt")):
+            raise ValueError(
+                f"{output_dir} holds a training, whose metrics and predictions stage={stage} would overwrite: leave "
+                f"hydra.run.dir out, which gives {Path(stage, 'DATE_TIME')} beneath the checkpoint's run, or choose "
+                "another folder"
             )
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield

@@ -21,6 +21,7 @@ from bimamba import config
 from bimamba.overrides import soften
 from bimamba.spec import DataSpec
 from bimamba.tasks.base import Task
+from bimamba.tasks.metrics import make_metrics, mode_of
 
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "configs").iterdir() if p.is_dir()}
 EXPERIMENTS = GROUPS["experiment"]
@@ -307,13 +308,53 @@ def test_processes_of_torchrun_that_begin_late_find_the_first_ones_folder(monkey
     assert folders() != first
 
 
-@pytest.mark.parametrize(("mode", "direction"), [("min", "minimize"), ("max", "maximize")])
-def test_a_search_goes_the_way_of_the_monitored_metric(mode, direction):
+@pytest.mark.parametrize(
+    ("monitor", "mode", "other", "direction"),
+    [
+        ("val/x", "min", None, "minimize"),
+        ("val/x", "max", None, "maximize"),
+        ("val/loss", None, None, "minimize"),
+        ("val/mcc", None, None, "maximize"),
+        ("val/loss", "min", "val/mcc", "maximize"),  # what a trial returns decides
+    ],
+)
+def test_a_search_goes_the_way_of_its_metric(monitor, mode, other, direction):
     """Digits monitor a loss: a search that maximised it would return the worst trial as the best."""
     search = OmegaConf.load(ROOT / "configs" / "hparams_search" / "optuna.yaml")
-    cfg = OmegaConf.merge(search, {"monitor_mode": mode, "monitor": "val/x"})
-    assert cfg.hydra.sweeper.direction == direction and cfg.optimized_metric == "val/x"
+    cfg = OmegaConf.merge(search, {"monitor_mode": mode, "monitor": monitor}, {"optimized_metric": other or monitor})
+    assert cfg.hydra.sweeper.direction == direction
+    assert OmegaConf.merge(search, {"monitor": "val/y"}).optimized_metric == "val/y"
     assert cfg.hydra.sweeper.max_failure_rate == 1.0  # a trial that diverges does not end the search
+
+
+def test_the_mode_of_a_monitored_metric_follows_from_its_name(tmp_path):
+    def settled(*overrides):
+        cfg = composed(tmp_path, *overrides)
+        config.settle_modes(cfg)
+        return cfg
+
+    cfg = settled("experiment=digits", "monitor=val/accuracy", "callbacks=early_stopping", "task=plateau")
+    modes = {cfg.monitor_mode, cfg.callbacks.model_checkpoint.mode, cfg.callbacks.early_stopping.mode}
+    assert modes | {cfg.task.scheduler.mode} == {"max"}
+    assert settled("experiment=promoters", "monitor=val/loss").monitor_mode == "min"
+    assert settled("experiment=promoters", "monitor=val/mine", "monitor_mode=max").monitor_mode == "max"
+    cfg = settled("experiment=promoters", "callbacks=early_stopping", "callbacks.early_stopping.monitor=val/loss")
+    assert (cfg.monitor_mode, cfg.callbacks.early_stopping.mode) == ("max", "min")
+    for wrong, said in (
+        (["monitor=val/mcc", "monitor_mode=min"], "monitor_mode=min: monitor is val/mcc, .* largest; expected max"),
+        (["monitor=val/mine"], "monitor=val/mine: nothing is known .* expected monitor_mode=min"),
+        (["monitor_mode=least"], "monitor_mode: expected min, max or null .* got 'least'"),
+        (["callbacks=early_stopping", "callbacks.early_stopping.mode=max"], r"early_stopping\.mode=max: .* smallest"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            settled("experiment=digits", *wrong)
+
+
+def test_every_metric_of_the_tasks_has_a_mode():
+    for problem in ("binary", "multiclass", "multilabel", "regression"):
+        spec = DataSpec("sequence", problem, ("a", "b"), alphabet="ACGTN", max_length=9)
+        assert all(mode_of(name) for name in make_metrics(spec, "val/"))
+    assert mode_of("val/perplexity") == mode_of("train/loss_step") == "min" and mode_of("train/grad_norm") is None
 
 
 def test_debug_overfit_learns_its_batches(tmp_path):

@@ -206,6 +206,33 @@ def test_last_is_the_newest_run_of_the_task(tmp_path, capsys):
     # a new training does not overwrite another one
     with pytest.raises(ValueError, match=r"holds the checkpoints of another training: go on with it \(ckpt_path="):
         run(folder, *options)
+    # nor does an evaluation, which has a folder of its own
+    kept = {p: p.read_bytes() for p in folder.glob("*.*") if p.is_file()}
+    for stage in ("test", "export"):
+        with pytest.raises(ValueError, match=f"holds a training, .* stage={stage} would overwrite"):
+            run(folder, f"stage={stage}", f"ckpt_path={folder / 'checkpoints' / 'best.ckpt'}")
+    assert kept == {p: p.read_bytes() for p in folder.glob("*.*") if p.is_file()}
+
+
+def test_metrics_of_the_validation_are_all_of_the_best_epoch(tmp_path):
+    """`metrics.json` had the monitored one of the best epoch beside the last epoch's others."""
+
+    def check():
+        last, best = (load(tmp_path / "checkpoints" / f"{name}.ckpt") for name in ("last", "best"))
+        assert best["epoch"] < last["epoch"]
+        (state,) = (v for k, v in last["callbacks"].items() if "LearningCurves" in k)
+        row = next(row for row in state["history"] if row["epoch"] == best["epoch"])
+        found = json.loads((tmp_path / "metrics.json").read_text())
+        expected = {name: value for name, value in row.items() if name.startswith("val/")}
+        assert len(expected) == 8 and {name: found[name] for name in expected} == pytest.approx(expected)
+        assert found["train/loss"] == pytest.approx(state["history"][-1]["train/loss"])
+
+    # A calibration error that rises again after the second epoch
+    options = [*DIGITS, "task=constant_rate", "task.optimizer.lr=0.01", "task.scheduler.warmup=0", "test=false"]
+    run(tmp_path, *options, "monitor=val/calibration_error", "trainer.max_epochs=3")
+    check()
+    run(tmp_path, f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", "trainer.max_epochs=4")
+    check()
 
 
 def test_two_runs_in_one_folder_are_one_clear_error(tmp_path):

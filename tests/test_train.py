@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -79,12 +80,19 @@ def test_a_checkpoint_carries_its_configuration_in_plain_containers(fitted):
 
 
 def test_testing_repeats_no_override_and_gives_the_same_figures(fitted, tmp_path):
-    metrics = run(tmp_path, "stage=test", best(fitted), "extras.print_config=false")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the checkpoint was trained on other rows")
+        metrics = run(tmp_path, "stage=test", best(fitted), "extras.print_config=false", "seed=5")  # the splits stay
     for name in ("test/accuracy", "test/loss", "test/mcc", "test/auroc"):
         assert metrics[name] == pytest.approx(fitted[1][name], abs=1e-6), name
     assert (tmp_path / "predictions.parquet").is_file()
     assert (tmp_path / "plots" / "confusion_matrix_test.png").is_file()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_testing_on_other_rows_of_the_same_data_is_told(fitted, tmp_path):
+    with pytest.warns(UserWarning, match=r"may be among those tested \(data\.seed=5; the old .* data\.seed=0\)"):
+        run(tmp_path, "stage=test", best(fitted), "data.seed=5", "callbacks=none", "trainer.limit_test_batches=1")
 
 
 def test_predicting_needs_no_training_data(fitted, tmp_path):
@@ -105,11 +113,23 @@ def test_command_line_adds_to_the_checkpoint(fitted, tmp_path):
     given = composed(tmp_path, *typed)
     with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = with_checkpoint(given, checkpoint, typed)
-    assert cfg.data.batch_size == 7 and cfg.data.seed == 3
+    assert cfg.data.batch_size == 7 and cfg.seed == 3
+    assert cfg.data.seed == 0  # or rows of the training would be tested
     assert cfg.model.d_model == 16 and cfg.model.embedding.patch_size == 4  # the checkpoint's
     assert cfg.trainer.devices == 2 and cfg.trainer.max_epochs == 10  # the group's, not that of the default experiment
     assert not cfg.logger
     assert cfg.paths.output_dir == str(tmp_path)
+
+
+def test_another_monitor_on_top_of_a_checkpoint_brings_its_own_mode(fitted, tmp_path):
+    checkpoint = read_checkpoint(fitted[0] / "checkpoints" / "last.ckpt")
+    assert checkpoint["config"]["monitor_mode"] == "min"  # settled before anything was saved
+    typed = [last(fitted), "monitor=val/accuracy"]
+    given = composed(tmp_path, *typed)
+    with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = with_checkpoint(given, checkpoint, typed)
+    train.config.settle_modes(cfg)
+    assert cfg.monitor_mode == cfg.callbacks.model_checkpoint.mode == "max"
 
 
 def test_resuming_goes_on_where_it_stopped_in_the_same_folder(tmp_path):
@@ -193,6 +213,11 @@ def test_seed_zero_is_a_seed_and_null_is_none(tmp_path):
         (["monitor=test/accuracy"], "must not choose the model"),
         (["seed=0", "task.label_smoothing=2"], "label_smoothing"),
         (["task.scheduler.warmup=-3"], "warmup"),
+        (
+            ["data.val_fraction=0", "callbacks=early_stopping"],
+            "callbacks.early_stopping.monitor=val/loss: expected a val",
+        ),
+        (["trainer.limit_val_batches=0", "task=plateau"], "task.scheduler.monitor=val/loss: expected a validation"),
         (["callbacks.model_checkpoint.save_top_k=3"], "the last one would overwrite the best"),
         (["logger=wandb", "logger.wandb.mode=online"], "logger.wandb.mode=offline"),
     ],

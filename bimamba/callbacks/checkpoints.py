@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 
 class Checkpoints(ModelCheckpoint):
@@ -17,6 +18,8 @@ class Checkpoints(ModelCheckpoint):
     Lightning's own (2.6) writes `last.ckpt` only along with a new best one, and with `every_n_train_steps` it judges
     steps in mid-epoch by the last epoch's validation and saves nothing before the first one. Here the best is decided
     where the metric is measured, and `every_n_train_steps` and `train_time_interval` add saves of `last.ckpt`.
+
+    `best_metrics` are all validation metrics of the best checkpoint, which a resumed training still knows.
 
     Args:
         every_n_train_steps: also save `last.ckpt` after so many optimizer steps; None: at the ends of epochs only.
@@ -53,7 +56,30 @@ class Checkpoints(ModelCheckpoint):
         if train_time_interval is not None and train_time_interval <= timedelta(0):
             raise ValueError(f"train_time_interval: expected more than nothing, got {train_time_interval}")
         self.last_every, self.last_interval = every_n_train_steps, train_time_interval
+        self.best_metrics: dict[str, float] = {}
         self._due_after_validation = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"best_metrics": self.best_metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.best_metrics = dict(state_dict.get("best_metrics", {}))  # earlier versions have none
+
+    def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        best = self.best_model_score
+        # Of several that are kept, this one may be worse
+        if best is None or (current < best if self.mode == "min" else current > best):
+            self._remember(monitor_candidates)
+        super()._update_best_and_save(current, trainer, monitor_candidates)
+
+    def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._remember(monitor_candidates)
+        super()._save_none_monitor_checkpoint(trainer, monitor_candidates)
+
+    def _remember(self, metrics: Mapping[str, Tensor]) -> None:
+        """Before the checkpoint is saved, which holds them."""
+        self.best_metrics = {k: float(v) for k, v in metrics.items() if k.startswith("val/") or k == self.monitor}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from bimamba.data import preflight
 from bimamba.data.collate import Batch, collate
+from bimamba.data.fingerprint import content_of, fingerprint
 from bimamba.data.images import LazyImages, cores
 from bimamba.data.labels import LabelMap
 from bimamba.data.loader import TrainLoader
@@ -139,6 +140,7 @@ class ClassificationDataModule(LightningDataModule):
         self.expected: DataSpec | None = None
         self.examples: Examples | None = None
         self.splits: dict[str, np.ndarray] = {}
+        self.fingerprint: dict[str, Any] = {}  # of the training rows; see `fingerprint.py`
         self.notes: list[str] = []
         self._spec: DataSpec | None = None
         self._predicted: Examples | None = None
@@ -235,6 +237,8 @@ class ClassificationDataModule(LightningDataModule):
         )
         if not evaluating and len(splits["train"]) == 0:
             raise ValueError(f"no training rows: expected a training set, got {_sizes(splits)}")
+        chosen = "\n".join(map(records.ids.__getitem__, splits["train"].tolist()))
+        self.fingerprint = fingerprint(splits["train"], chosen.encode(), partial(content_of, records.inputs))
         store = self._store(records)
         if self.expected is None:
             self._spec = self._make_spec(store, names, splits["train"])

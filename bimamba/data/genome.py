@@ -14,6 +14,7 @@ from rich.table import Table
 from bimamba.data.collate import Batch
 from bimamba.data.datamodule import ClassificationDataModule
 from bimamba.data.fasta_index import IndexedFasta
+from bimamba.data.fingerprint import fingerprint
 from bimamba.data.images import cores
 from bimamba.data.records import SPLITS, Records, required_path
 from bimamba.data.sequences import check_alphabet
@@ -129,6 +130,11 @@ class GenomeDataModule(ClassificationDataModule):
         self.splits = self._split(windows)
         if len(self.splits["train"]) == 0:
             raise ValueError(f"{fasta.path}: {len(windows)} windows leave none to train on; lower data.window")
+        rows, records = self.splits["train"], [(r.name, r.length) for r in fasta.records]
+        cut = repr((records, self.window, self.min_length)).encode()
+        self.fingerprint = fingerprint(
+            rows, cut + rows.tobytes(), lambda row: fasta.read(*windows.place(row)).tobytes()
+        )
         if expected is None:
             self._spec = DataSpec("sequence", "multiclass", names, alphabet=self.alphabet, max_length=self.window)
         self.windows = windows

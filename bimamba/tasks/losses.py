@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba.spec import DataSpec
+
+Weights = Sequence[float] | Mapping[str, float]  # one a class
 
 
 def check_smoothing(label_smoothing: float) -> None:
@@ -27,9 +30,10 @@ class SampleLoss(nn.Module):
     Args:
         spec: decides the loss by its problem.
         label_smoothing: in [0, 1), moves this share of the target to the uniform distribution; classification only.
-        class_weights: a weight per class (multiclass, binary), or `"balanced"`: N / (K · n_c) from `balance`.
-        pos_weight: a weight of the positive target (binary: one number; multilabel: one per label), or `"balanced"`:
-            negatives / positives from `balance`.
+        class_weights: a weight per class (multiclass, binary), in order or by the classes' names, or `"balanced"`:
+            N / (K · n_c) from `balance`.
+        pos_weight: a weight of the positive target (binary: one number; multilabel: one per label, likewise), or
+            `"balanced"`: negatives / positives from `balance`.
 
     Raises:
         ValueError: an option that the problem does not have, or of the wrong length or sign.
@@ -41,8 +45,8 @@ class SampleLoss(nn.Module):
         self,
         spec: DataSpec,
         label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | str | None = None,
-        pos_weight: Sequence[float] | float | str | None = None,
+        class_weights: Weights | str | None = None,
+        pos_weight: Weights | float | str | None = None,
     ) -> None:
         super().__init__()
         self.problem = spec.problem
@@ -64,13 +68,9 @@ class SampleLoss(nn.Module):
         size = len(spec.class_names)
         weight = torch.ones(size)
         if option is not None and not self.balanced:
-            given = [float(v) for v in option] if isinstance(option, Sequence) else [float(option)]  # type: ignore[arg-type]
-            if name == "pos_weight" and spec.problem == "binary":
-                given = [1.0, *given]
-            if len(given) != size or min(given) <= 0:
-                expected = 1 if name == "pos_weight" and spec.problem == "binary" else size
-                raise ValueError(f"{name}: expected {expected} positive number(s), got {option}")
-            weight = torch.tensor(given)
+            names = spec.class_names[1:] if name == "pos_weight" and spec.problem == "binary" else spec.class_names
+            given = _numbers(name, option, names)
+            weight = torch.tensor([1.0] * (size - len(given)) + given)
         self._by_pos_weight = name == "pos_weight"
         self.register_buffer("weight", weight)
 
@@ -126,6 +126,22 @@ class SampleLoss(nn.Module):
     @staticmethod
     def _binary(logit: Tensor, target: float) -> Tensor:
         return F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, target), reduction="none")
+
+
+def _numbers(key: str, option: Any, names: Sequence[str]) -> list[float]:
+    """A positive number for each name, of numbers in their order, a mapping, or one number."""
+    if isinstance(option, Mapping):
+        given = {str(name): value for name, value in option.items()}
+        if set(given) != set(names):
+            raise ValueError(
+                f"{key}: expected a number for each of {', '.join(names)}, got {', '.join(given) or 'none'}"
+            )
+        values = [given[name] for name in names]
+    else:
+        values = list(option) if isinstance(option, Sequence) else [option]
+    if len(values) != len(names) or not all(isinstance(v, int | float) and v > 0 for v in values):
+        raise ValueError(f"{key}: expected {len(names)} positive number(s), got {option}")
+    return [float(v) for v in values]
 
 
 def probabilities(spec: DataSpec, logits: Tensor) -> Tensor:

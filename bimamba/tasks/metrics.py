@@ -9,8 +9,24 @@ import torchmetrics.classification as tmc
 import torchmetrics.regression as tmr
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities import dim_zero_cat
 
 from bimamba.spec import DataSpec
+
+# Names of what the tasks log, less their prefix (`val/`), by where the better values lie.
+SMALL_IS_BETTER = {"loss", "loss_step", "mse", "mae", "calibration_error", "perplexity"}
+LARGE_IS_BETTER = {
+    *("accuracy", "balanced_accuracy", "sensitivity", "specificity", "f1", "f1_macro", "mcc", "auroc"),
+    *("average_precision", "exact_match", "r2", "pearson", "spearman"),
+}
+
+
+def mode_of(metric: str) -> str | None:
+    """Whether a metric should become small (`min`) or large (`max`), by its name; None for one that no task makes."""
+    name = metric.rpartition("/")[2]
+    if name in SMALL_IS_BETTER:
+        return "min"
+    return "max" if name in LARGE_IS_BETTER else None
 
 
 class LossMean(Metric):
@@ -41,11 +57,23 @@ class LossMean(Metric):
         return self.mean_value / self.weight
 
 
-class _BinaryBalancedAccuracy(tmc.MulticlassAccuracy):
+class _BalancedAccuracy(tmc.MulticlassAccuracy):
+    """Mean recall of the classes that have cases, as scikit-learn has it; torchmetrics' own counts a class that is
+    predicted and has none as 0."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(average="macro", **kwargs)
+
+    def compute(self) -> Tensor:
+        tp, _, _, fn = self._final_state()
+        return (tp / (tp + fn)).nanmean()
+
+
+class _BinaryBalancedAccuracy(_BalancedAccuracy):
     """(sensitivity + specificity) / 2, from the probability of the positive class."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(num_classes=2, average="macro", **kwargs)
+        super().__init__(num_classes=2, **kwargs)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         super().update((preds > 0.5).long(), target)
@@ -62,7 +90,7 @@ class _BinaryMacroF1(tmc.MulticlassF1Score):
 
 
 class _MultilabelBalancedAccuracy(tmc.MultilabelStatScores):
-    """Mean over labels of (sensitivity + specificity) / 2; a rate without any case counts as 0."""
+    """Mean over labels of (sensitivity + specificity) / 2, or of one of them where the other has no case."""
 
     def __init__(self, num_labels: int, **kwargs: Any) -> None:
         super().__init__(num_labels=num_labels, average=None, **kwargs)
@@ -70,8 +98,59 @@ class _MultilabelBalancedAccuracy(tmc.MultilabelStatScores):
     def compute(self) -> Tensor:
         counts = super().compute()
         tp, fp, tn, fn, _ = counts.cpu().double().unbind(-1)  # Apple's GPUs have no float64
-        rates = torch.nan_to_num(tp / (tp + fn)) + torch.nan_to_num(tn / (tn + fp))
-        return (rates / 2).mean().float().to(counts.device)
+        return torch.stack([tp / (tp + fn), tn / (tn + fp)]).nanmean(0).nanmean().float().to(counts.device)
+
+
+BOTH, POSITIVES = (0, 1), (1,)  # what a metric of a class needs: negatives and positives, or positives alone
+
+
+def _mean_of_classes(metric: Any, each: Tensor, needs: tuple[int, ...]) -> Tensor:
+    """Mean over the classes whose rows allow a metric over thresholds, and NaN if there is none.
+
+    torchmetrics counts the others as 0 (of average precision, some of them), so a class that a split lacks would lower
+    the mean.
+
+    Args:
+        metric: one of torchmetrics', with its states. each: its value for each class, `(k)`; binary: `()`.
+    """
+    if metric.thresholds is not None:
+        cases = metric.confmat[0].sum(-1)
+    else:
+        target, classes = dim_zero_cat(metric.target), getattr(metric, "num_classes", None)
+        positives = target.sum(0) if classes is None else torch.bincount(target, minlength=classes)
+        cases = torch.stack([len(target) - positives, positives], -1)
+    defined = (cases[..., needs] > 0).all(-1)
+    return torch.where(defined, each, torch.nan).nanmean()
+
+
+class _BinaryAUROC(tmc.BinaryAUROC):
+    def compute(self) -> Any:  # a Tensor; the curves beneath return several
+        return _mean_of_classes(self, super().compute(), BOTH)
+
+
+class _BinaryAveragePrecision(tmc.BinaryAveragePrecision):
+    def compute(self) -> Any:
+        return _mean_of_classes(self, super().compute(), POSITIVES)
+
+
+class _MulticlassAUROC(tmc.MulticlassAUROC):
+    def compute(self) -> Any:
+        return _mean_of_classes(self, super().compute(), BOTH)
+
+
+class _MulticlassAveragePrecision(tmc.MulticlassAveragePrecision):
+    def compute(self) -> Any:
+        return _mean_of_classes(self, super().compute(), POSITIVES)
+
+
+class _MultilabelAUROC(tmc.MultilabelAUROC):
+    def compute(self) -> Any:
+        return _mean_of_classes(self, super().compute(), BOTH)
+
+
+class _MultilabelAveragePrecision(tmc.MultilabelAveragePrecision):
+    def compute(self) -> Any:
+        return _mean_of_classes(self, super().compute(), POSITIVES)
 
 
 class _MultilabelCalibrationError(tmc.BinaryCalibrationError):
@@ -109,20 +188,55 @@ class _MultilabelMCC(tmc.MultilabelMatthewsCorrCoef):
         return matthews(self.confmat.sum(0))
 
 
-class _R2(tmr.R2Score):
-    """NaN instead of an exception where an epoch has one sample only (`trainer.fast_dev_run` with batches of one)."""
+class _OfVaryingTargets:
+    """Mean over the targets that vary, and NaN if none does, as where an epoch has one sample only
+    (`trainer.fast_dev_run` with batches of one).
+
+    torchmetrics gives 0 or NaN or, by rounding, any number there, and an exception for R2 of one sample. Beside one of
+    its metrics, which gives a value for each target.
+    """
+
+    lowest: Tensor
+    highest: Tensor
+    add_state: Any  # torchmetrics'
+
+    def __init__(self, outputs: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        shape = (outputs,) if outputs > 1 else ()
+        self.add_state("lowest", torch.full(shape, torch.inf), dist_reduce_fx="min")
+        self.add_state("highest", torch.full(shape, -torch.inf), dist_reduce_fx="max")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update(preds, target)  # type: ignore[misc]
+        self.lowest = torch.minimum(self.lowest, target.amin(0))
+        self.highest = torch.maximum(self.highest, target.amax(0))
 
     def compute(self) -> Tensor:
-        return super().compute() if self.total >= 2 else torch.full((), torch.nan, device=self.device)
+        vary = (self.highest > self.lowest).reshape(-1)
+        if not vary.any():
+            return self.lowest.new_full((), torch.nan)
+        return super().compute().reshape(-1)[vary].mean()  # type: ignore[misc]
+
+
+class _R2(_OfVaryingTargets, tmr.R2Score):
+    pass
+
+
+class _Pearson(_OfVaryingTargets, tmr.PearsonCorrCoef):
+    pass
+
+
+class _Spearman(_OfVaryingTargets, tmr.SpearmanCorrCoef):
+    pass
 
 
 def _regression(outputs: int) -> dict[str, Metric]:
     return {
         "mse": tmr.MeanSquaredError(),
         "mae": tmr.MeanAbsoluteError(),
-        "r2": _R2(),
-        "pearson": tmr.PearsonCorrCoef(num_outputs=outputs),
-        "spearman": tmr.SpearmanCorrCoef(num_outputs=outputs),
+        "r2": _R2(outputs, multioutput="raw_values"),
+        "pearson": _Pearson(outputs, num_outputs=outputs),
+        "spearman": _Spearman(outputs, num_outputs=outputs),
     }
 
 
@@ -136,8 +250,8 @@ def _binary(n_bins: int, thresholds: int | None) -> dict[str, Metric]:
         "f1": tmc.BinaryF1Score(**o),
         "f1_macro": _BinaryMacroF1(**o),
         "mcc": _BinaryMCC(**o),
-        "auroc": tmc.BinaryAUROC(thresholds=thresholds, **o),
-        "average_precision": tmc.BinaryAveragePrecision(thresholds=thresholds, **o),
+        "auroc": _BinaryAUROC(thresholds=thresholds, **o),
+        "average_precision": _BinaryAveragePrecision(thresholds=thresholds, **o),
         "calibration_error": tmc.BinaryCalibrationError(n_bins=n_bins, **o),
     }
 
@@ -146,11 +260,11 @@ def _multiclass(k: int, n_bins: int, thresholds: int | None) -> dict[str, Metric
     o: dict[str, Any] = {"num_classes": k, "validate_args": False}
     return {
         "accuracy": tmc.MulticlassAccuracy(average="micro", **o),
-        "balanced_accuracy": tmc.MulticlassAccuracy(average="macro", **o),
+        "balanced_accuracy": _BalancedAccuracy(**o),
         "f1": tmc.MulticlassF1Score(average="macro", **o),
         "mcc": _MulticlassMCC(**o),
-        "auroc": tmc.MulticlassAUROC(thresholds=thresholds, **o),
-        "average_precision": tmc.MulticlassAveragePrecision(thresholds=thresholds, **o),
+        "auroc": _MulticlassAUROC(average=None, thresholds=thresholds, **o),
+        "average_precision": _MulticlassAveragePrecision(average=None, thresholds=thresholds, **o),
         "calibration_error": tmc.MulticlassCalibrationError(n_bins=n_bins, **o),
     }
 
@@ -163,8 +277,8 @@ def _multilabel(k: int, n_bins: int, thresholds: int | None) -> dict[str, Metric
         "balanced_accuracy": _MultilabelBalancedAccuracy(**o),
         "f1": tmc.MultilabelF1Score(average="macro", **o),
         "mcc": _MultilabelMCC(**o),
-        "auroc": tmc.MultilabelAUROC(thresholds=thresholds, **o),
-        "average_precision": tmc.MultilabelAveragePrecision(thresholds=thresholds, **o),
+        "auroc": _MultilabelAUROC(average=None, thresholds=thresholds, **o),
+        "average_precision": _MultilabelAveragePrecision(average=None, thresholds=thresholds, **o),
         "calibration_error": _MultilabelCalibrationError(n_bins=n_bins, validate_args=False),
     }
 
@@ -189,6 +303,10 @@ def make_metrics(spec: DataSpec, prefix: str, n_bins: int = 15, thresholds: int 
     - multilabel: accuracy (over all pairs of sample and label), exact_match, balanced_accuracy, f1, auroc and
       average_precision (macro over labels), mcc and calibration_error (over all pairs);
     - regression: mse, mae, and the means over targets of r2, pearson and spearman.
+
+    Means over classes, labels or targets are of those whose rows allow the metric: balanced_accuracy needs cases of a
+    class, average_precision positives, auroc positives and negatives, r2 and the correlations a target that varies.
+    NaN where there is none.
 
     Args:
         spec: the problem and its classes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from bimamba.packing import Packing
 from bimamba.spec import DataSpec
 from bimamba.strands import complements_for, other_strand
 from bimamba.tasks.base import Batch, Task
-from bimamba.tasks.losses import SampleLoss, probabilities
+from bimamba.tasks.losses import SampleLoss, Weights, probabilities
 from bimamba.tasks.metrics import make_confusion_matrix, make_metrics, make_train_metric, metric_inputs
 
 
@@ -57,8 +57,8 @@ class SupervisedTask(Task):
         optimizer: Callable[..., Optimizer],
         scheduler: Callable[..., Any] | None = None,
         label_smoothing: float = 0.0,
-        class_weights: Sequence[float] | str | None = None,
-        pos_weight: Sequence[float] | float | str | None = None,
+        class_weights: Weights | str | None = None,
+        pos_weight: Weights | float | str | None = None,
         calibration_bins: int = 15,
         thresholds: int | None = None,
         compile: bool = False,

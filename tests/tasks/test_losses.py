@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 
 from bimamba.spec import DataSpec
 from bimamba.tasks import SampleLoss, probabilities
@@ -31,6 +32,13 @@ def test_binary_is_bce_with_the_weight_of_its_class():
     torch.testing.assert_close(
         smooth, F.binary_cross_entropy_with_logits(logits[:, 0], label * 0.8 + 0.1, reduction="none")
     )
+
+
+def test_weights_by_the_names_of_classes():
+    named = OmegaConf.create({"b": 3, "a": 0.5})  # as a configuration brings them
+    assert SampleLoss(spec("binary", 2), class_weights=named).weight.tolist() == [0.5, 3.0]
+    assert SampleLoss(spec("multilabel", 2), pos_weight=named).weight.tolist() == [0.5, 3.0]
+    assert SampleLoss(spec("binary", 2), pos_weight={"b": 3}).weight.tolist() == [1.0, 3.0]
 
 
 def test_multilabel_and_regression():
@@ -64,6 +72,10 @@ def test_balanced_weights():
         ("multiclass", 3, {"label_smoothing": 1.0}, "label_smoothing"),
         ("multiclass", 3, {"class_weights": [1.0, 2.0]}, r"expected 3 positive number\(s\)"),
         ("multiclass", 3, {"class_weights": [1.0, 2.0, -1.0]}, "positive"),
+        ("multiclass", 3, {"class_weights": {"a": 1, "b": 2}}, "a number for each of a, b, c, got a, b"),
+        ("multiclass", 3, {"class_weights": {"a": 1, "b": 2, "x": 1}}, "for each of a, b, c, got a, b, x"),
+        ("multiclass", 2, {"class_weights": {"a": 1, "b": None}}, r"expected 2 positive number\(s\)"),
+        ("binary", 2, {"pos_weight": {"a": 1, "b": 2}}, "a number for each of b, got a, b"),
         ("multiclass", 3, {"class_weights": "even"}, "'balanced' or null"),
         ("multiclass", 3, {"pos_weight": 2.0}, "use class_weights"),
         ("binary", 2, {"pos_weight": [1.0, 2.0]}, r"expected 1 positive number\(s\)"),

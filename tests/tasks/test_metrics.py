@@ -118,10 +118,60 @@ def test_regression(k):
     assert matrix is None
 
 
-def test_one_sample_has_no_r2():
-    metrics = make_metrics(spec("regression", 1), "")
-    metrics.update(torch.ones(1), torch.ones(1))
-    assert metrics["r2"].compute().isnan()
+@pytest.mark.parametrize("k", [1, 2])
+def test_what_does_not_vary_has_no_correlation(k):
+    """A target that is constant in a split is left out of the mean over targets; one sample is constant, too."""
+    value, label = torch.randn(100, k), torch.randn(100, k)
+    label[:, 0] = 0.3
+    flat = (lambda t: t[:, 0]) if k == 1 else (lambda t: t)
+    got, _ = epoch("regression", k, flat(value), flat(label))
+    y, v = label.double().numpy(), value.double().numpy()
+    expected = {
+        "r2": sk.r2_score(y[:, 1], v[:, 1]) if k == 2 else np.nan,
+        "pearson": stats.pearsonr(y[:, 1], v[:, 1])[0] if k == 2 else np.nan,
+        "spearman": stats.spearmanr(y[:, 1], v[:, 1])[0] if k == 2 else np.nan,
+    }
+    assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    one = make_metrics(spec("regression", 1), "")
+    one.update(torch.ones(1), torch.ones(1))
+    assert all(one[name].compute().isnan() for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:No (positive|negative) samples")
+@pytest.mark.parametrize("thresholds", [None, 10_001])
+def test_a_class_that_a_split_lacks_is_left_out_of_means(thresholds):
+    torch.manual_seed(4)
+    names = ("balanced_accuracy", "auroc", "average_precision")
+
+    def measured(problem, k, p, y):
+        metrics = make_metrics(spec(problem, k), "", thresholds=thresholds)
+        metrics.update(p, y)
+        return {name: float(v) for name, v in metrics.compute().items() if name in names}
+
+    def expected(y, q):  # of one class against the others
+        both, some = len(set(y)) == 2, 1 in y
+        return sk.roc_auc_score(y, q) if both else np.nan, sk.average_precision_score(y, q) if some else np.nan
+
+    y, q = torch.randint(3, (100,)), torch.randn(100, 4).softmax(-1)  # class 3 is predicted, and has no case
+    each = [expected((y == c).long().numpy(), q[:, c].numpy()) for c in range(3)]
+    mean = [sk.recall_score(y, q.argmax(1), average="macro", labels=[0, 1, 2]), *np.mean(each, 0)]
+    mean = dict(zip(names, mean, strict=True))
+    assert measured("multiclass", 4, q, y) == pytest.approx(mean, abs=1e-3)
+
+    y, q = (torch.rand(100, 4) < 0.4).long(), torch.rand(100, 4)
+    y[:, 2], y[:, 3] = 0, 1
+    each = [expected(y[:, c].numpy(), q[:, c].numpy()) for c in range(4)]
+    hard = (q > 0.5).long()
+    recalls = [np.mean([(hard[y[:, c] == v, c] == v).double().mean() for v in set(y[:, c].tolist())]) for c in range(4)]
+    mean = dict(zip(names, [np.mean(recalls), *np.nanmean(each, 0)], strict=True))
+    assert measured("multilabel", 4, q, y) == pytest.approx(mean, abs=1e-3)
+
+    q = torch.rand(100)
+    for y in (0, 1):
+        recall = float(((q > 0.5) == y).float().mean())
+        values = {"balanced_accuracy": recall, "auroc": np.nan, "average_precision": 1.0 if y else np.nan}
+        found = measured("binary", 2, q, torch.full((100,), y))
+        assert found == pytest.approx(values, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("truth", [0, 1, None])
