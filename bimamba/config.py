@@ -25,7 +25,7 @@ from torch.distributed import TCPStore
 from bimamba.checkpoint import has_resolver
 from bimamba.collect import flatten
 from bimamba.runs import find_checkpoint
-from bimamba.tasks.metrics import mode_of
+from bimamba.tasks.metrics import LARGE_IS_BETTER, SMALL_IS_BETTER, mode_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("fit", "test", "predict", "explain", "export")
@@ -113,9 +113,10 @@ def _settled(key: str, metric: str | None, mode_key: str, mode: str | None, stri
             f"{'smallest' if known == 'min' else 'largest'}; expected {known}, or null (by the metric's name)"
         )
     if mode is None and known is None:
+        names = ", ".join(sorted(SMALL_IS_BETTER | LARGE_IS_BETTER))
         raise ValueError(
-            f"{key}={metric}: nothing is known of a metric of this name; expected {mode_key}=min (small values are "
-            "better) or max beside it"
+            f"{key}: expected a metric that a task makes (val/… of {names}), or beside another one {mode_key}=min "
+            f"(small values are better) or max, got {metric}"
         )
     return str(mode or known)
 

@@ -342,7 +342,7 @@ def test_the_mode_of_a_monitored_metric_follows_from_its_name(tmp_path):
     assert (cfg.monitor_mode, cfg.callbacks.early_stopping.mode) == ("max", "min")
     for wrong, said in (
         (["monitor=val/mcc", "monitor_mode=min"], "monitor_mode=min: monitor is val/mcc, .* largest; expected max"),
-        (["monitor=val/mine"], "monitor=val/mine: nothing is known .* expected monitor_mode=min"),
+        (["monitor=val/mine"], "monitor: expected a metric that a task makes .* monitor_mode=min .* got val/mine"),
         (["monitor_mode=least"], "monitor_mode: expected min, max or null .* got 'least'"),
         (["callbacks=early_stopping", "callbacks.early_stopping.mode=max"], r"early_stopping\.mode=max: .* smallest"),
     ):

@@ -60,7 +60,7 @@ def test_a_plateau_counts_epochs_with_a_validation(tmp_path):
     highest = [max(rates) for rates in spy.rates]
     assert highest == pytest.approx([2e-3] * 4 + [1e-3] * 2)  # validated behind the second epoch, and the fourth
     with pytest.raises(ValueError, match=r"task\.scheduler\.monitor: expected one of .*val/loss.*, got val/lost"):
-        trained(tmp_path / "wrong", *SHORT, *options, "task.scheduler.monitor=val/lost")
+        trained(tmp_path / "wrong", *SHORT, *options, "task.scheduler.monitor=val/lost", "task.scheduler.mode=min")
 
 
 @pytest.mark.parametrize("option", ["task=constant_rate", "task=linear_rate"])
