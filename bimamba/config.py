@@ -95,8 +95,8 @@ def settle_modes(cfg: DictConfig) -> None:
     """
     strict = cfg.stage == "fit"
     cfg.monitor_mode = _settled("monitor", cfg.monitor, "monitor_mode", cfg.monitor_mode, strict)
-    for path, part in (*_targets(cfg.callbacks, "callbacks"), *_targets(cfg.task, "task")):
-        if {"monitor", "mode"} <= set(part) and isinstance(part.monitor, str):
+    for path, part in _monitors(cfg):
+        if "mode" in part:
             follows = OmegaConf.is_interpolation(part, "mode")
             if not (follows and part.monitor == cfg.monitor):
                 mode = None if follows else part.mode
@@ -133,10 +133,10 @@ def check_validation(cfg: DictConfig, rows: int) -> None:
     """
     if rows and cfg.trainer.get("limit_val_batches") != 0:
         return
-    for path, part in (*_targets(cfg.callbacks, "callbacks"), *_targets(cfg.task, "task")):
+    for path, part in _monitors(cfg):
         kind = _target(part, path)
         keeps = inspect.isclass(kind) and issubclass(kind, Checkpoint)
-        if not keeps and str(part.get("monitor")).startswith("val/"):
+        if not keeps and part.monitor.startswith("val/"):
             raise ValueError(
                 f"{path}.monitor={part.monitor}: expected a validation, and there is none (data.val_fraction=0, or "
                 "trainer.limit_val_batches=0); give it rows, or leave this part out"
@@ -163,15 +163,30 @@ def fit_options(cfg: DictConfig) -> None:
         rank_zero_info(f"note: {key} is left out: it was set for another choice, and {target} has no such option")
 
 
+def _own(node: DictConfig) -> list[str]:
+    """Keys with a value of their own: neither missing nor a reference to another."""
+    return [k for k in map(str, node) if not (OmegaConf.is_missing(node, k) or OmegaConf.is_interpolation(node, k))]
+
+
+def _parts(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """A configuration and all that lies in it, each with its key."""
+    if isinstance(node, DictConfig):
+        yield path, node
+        for key in _own(node):
+            yield from _parts(node[key], f"{path}.{key}")
+
+
 def _targets(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
     """Each part of a configuration that has a `_target_`, with its key."""
-    if not isinstance(node, DictConfig):
-        return
-    if node.get("_target_") is not None:
-        yield path, node
-    for key in map(str, node):
-        if not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)):
-            yield from _targets(node[key], f"{path}.{key}")
+    return ((where, part) for where, part in _parts(node, path) if part.get("_target_") is not None)
+
+
+def _monitors(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
+    """Callbacks and schedules that follow a metric, with their keys."""
+    for section in ("callbacks", "task"):
+        for path, part in _targets(cfg[section], section):
+            if isinstance(part.get("monitor"), str):
+                yield path, part
 
 
 def _target(part: DictConfig, path: str) -> Any:
@@ -211,17 +226,10 @@ def check_switches(cfg: DictConfig) -> None:
         _expect_switch(key, OmegaConf.select(cfg, key), {"bool"})
     sections = ("data", "model", "task", "trainer", "callbacks", "logger")
     for section in (*sections, "explain") if cfg.stage == "explain" else sections:
-        _check_switches(cfg[section], section)
-
-
-def _check_switches(node: Any, path: str) -> None:
-    if not isinstance(node, DictConfig):
-        return
-    kinds = _kinds_of_arguments(_target(node, path)) if node.get("_target_") is not None else {}
-    for key in map(str, node):
-        if not (OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key)):
-            _expect_switch(f"{path}.{key}", node[key], kinds.get(key, {"bool", "unknown"}))
-            _check_switches(node[key], f"{path}.{key}")
+        for path, part in _parts(cfg[section], section):
+            kinds = _kinds_of_arguments(_target(part, path)) if part.get("_target_") is not None else {}
+            for key in _own(part):
+                _expect_switch(f"{path}.{key}", part[key], kinds.get(key, {"bool", "unknown"}))
 
 
 def _expect_switch(key: str, value: Any, kinds: set[str]) -> None:

@@ -237,12 +237,13 @@ class ClassificationDataModule(LightningDataModule):
         )
         if not evaluating and len(splits["train"]) == 0:
             raise ValueError(f"no training rows: expected a training set, got {_sizes(splits)}")
-        chosen = "\n".join(map(records.ids.__getitem__, splits["train"].tolist()))
+        ids = pa.array(records.ids, pa.large_string())
+        chosen = "\n".join(ids.take(pa.array(splits["train"])).to_pylist())
         self.fingerprint = fingerprint(splits["train"], chosen.encode(), partial(content_of, records.inputs))
         store = self._store(records)
         if self.expected is None:
             self._spec = self._make_spec(store, names, splits["train"])
-        self.examples = Examples(store, labels, pa.array(records.ids, pa.large_string()))
+        self.examples = Examples(store, labels, ids)
         self.splits, self.notes = splits, records.notes + notes
         if not evaluating:
             preflight.check_classes(self, records.describe)

@@ -11,11 +11,6 @@ from pathlib import Path
 _USUAL_NAMES = ("README", "LICENSE", "LICENCE", "THUMBS", "DESKTOP")
 
 
-def is_hidden(path: Path, root: Path) -> bool:
-    """True if the file, or a folder between it and `root`, starts with a dot: what editors and systems left there."""
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
 def files_below(root: Path) -> list[Path]:
     """All files below a folder, sorted; nothing hidden, at any depth. Links to folders are not followed."""
     found, folders = [], [root]

@@ -15,6 +15,8 @@ from bimamba.data.preflight import warn
 from bimamba.data.sequences import ByteRows
 
 SAMPLED = 1000  # rows whose content counts; of the others the names do
+# Options that say which data these are.
+IDENTITY = ("_target_", "source", "path", "task")
 # Options that decide which rows of the same data are trained on: of the data, and of their source.
 DRAWN_BY = ("seed", "val_fraction", "test_fraction", "num_folds", "fold", "fold_role", "val_records", "test_records")
 NAMED_BY = ("split_column", "split_names", "val_chromosomes", "test_chromosomes")
@@ -79,12 +81,8 @@ def _identity(data: Mapping[str, Any]) -> dict[str, Any]:
     """What says that two configurations mean the same data, however they are split."""
     source = {k: v for k, v in (data.get("source") or {}).items() if k not in NAMED_BY}
     path = data.get("path")
-    return {
-        "kind": data.get("_target_"),
-        "source": source,
-        "path": os.path.realpath(os.path.expanduser(path)) if path else None,
-        "task": data.get("task"),
-    }
+    where = os.path.realpath(os.path.expanduser(path)) if path else None
+    return {name: data.get(name) for name in IDENTITY} | {"source": source, "path": where}
 
 
 def _options(data: Mapping[str, Any]) -> dict[str, Any]:

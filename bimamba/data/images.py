@@ -144,8 +144,9 @@ class Geometry:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def bring(images: PixelArray | EncodedImages, row: int, geometry: Geometry, losses: Losses) -> np.ndarray:
-    """One image as uint8 `(channels, height, width)`; `losses` takes note of what that took away.
+def bring(images: PixelArray | EncodedImages, row: int, geometry: Geometry, losses: Losses, *crop: Any) -> np.ndarray:
+    """One image as uint8 `(channels, height, width)`; `losses` takes note of what that took away, `crop` is handed on
+    to the geometry.
 
     Raises:
         ValueError: it cannot be decoded, or has the wrong size; the file (and row) is named.
@@ -153,7 +154,7 @@ def bring(images: PixelArray | EncodedImages, row: int, geometry: Geometry, loss
     image = images.open(row)
     losses.look(image, geometry.channels, images.describe(row))
     try:
-        return geometry(image)
+        return geometry(image, *crop)
     except ValueError as error:
         raise ValueError(f"{images.describe(row)}: {error}") from error
 
@@ -273,12 +274,10 @@ class LazyImages:
 
     def _one(self, row: int, epoch: int | None) -> np.ndarray:
         known = len(self.losses.found)
-        if epoch is None or self.crop is None:
-            pixels = bring(self.images, row, self.geometry, self.losses)
-        else:
-            image = self.images.open(row)
-            self.losses.look(image, self.geometry.channels, self.images.describe(row))
-            pixels = self.geometry(image, self.crop, np.random.default_rng((self.seed, epoch, row)))
+        crop: tuple[Any, ...] = ()
+        if epoch is not None and self.crop is not None:
+            crop = self.crop, np.random.default_rng((self.seed, epoch, row))
+        pixels = bring(self.images, row, self.geometry, self.losses, *crop)
         # Met after the preflight has spoken; one worker's word is enough.
         worker, new = get_worker_info(), len(self.losses.found) > known
         if new and worker is not None and worker.id == 0 and (said := self.losses.sentences(of_many=False)):
@@ -371,12 +370,6 @@ def channel_statistics(store: CachedImages | LazyImages, rows: np.ndarray, seed:
     mean = weights @ values
     std = np.sqrt((weights * (values - mean[:, None]) ** 2).sum(1))
     if (std == 0).any():
-        raise ValueError(
-            "; ".join(
-                [
-                    f"channel {int(np.argmin(std))}: every pixel has the value {mean[np.argmin(std)]:.3g}",
-                    *store.losses.sentences(),
-                ]
-            )
-        )
+        said = f"channel {int(np.argmin(std))}: every pixel has the value {mean[np.argmin(std)]:.3g}"
+        raise ValueError("; ".join([said, *store.losses.sentences()]))
     return tuple(round(float(m), 6) for m in mean), tuple(round(float(s), 6) for s in std)

@@ -12,7 +12,7 @@ PAGES = "bimamba_pages"  # mark in an image's `info`: its file has further pages
 
 def is_grey(image: Image.Image) -> bool:
     """True for a mode without colours."""
-    return image.mode in ("1", "L", "LA", "La", "I", "F") or _is_deep(image)
+    return image.mode in ("1", "L", "LA", "La", "F") or _is_deep(image)
 
 
 def _is_deep(image: Image.Image) -> bool:

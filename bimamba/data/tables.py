@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bimamba.data.files import is_hidden
+from bimamba.data.files import files_below
 from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Origins, existing
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".arrow", ".feather")
@@ -63,7 +63,7 @@ def find_tables(path: Path) -> dict[str, list[Path]]:
         if not is_table(path):
             raise ValueError(f"{path}: expected a table ({', '.join(SUFFIXES)}, or one of them with .gz)")
         return {UNSPLIT: [path]}
-    files = sorted(p for p in path.rglob("*") if p.is_file() and is_table(p) and not is_hidden(p, path))
+    files = [p for p in files_below(path) if is_table(p)]
     files = [p for p in files if p.name not in ("dataset_info.json", "dataset_infos.json", "state.json")]
     if not files:
         raise ValueError(f"{path}: expected a folder with tables ({', '.join(SUFFIXES)}, also .gz), found none")

@@ -104,53 +104,51 @@ class _MultilabelBalancedAccuracy(tmc.MultilabelStatScores):
 BOTH, POSITIVES = (0, 1), (1,)  # what a metric of a class needs: negatives and positives, or positives alone
 
 
-def _mean_of_classes(metric: Any, each: Tensor, needs: tuple[int, ...]) -> Tensor:
+class _OfClassesWithCases:
     """Mean over the classes whose rows allow a metric over thresholds, and NaN if there is none.
 
     torchmetrics counts the others as 0 (of average precision, some of them), so a class that a split lacks would lower
-    the mean.
-
-    Args:
-        metric: one of torchmetrics', with its states. each: its value for each class, `(k)`; binary: `()`.
+    the mean. Beside one of its metrics, which gives a value for each class `(k)`, of a binary problem `()`.
     """
-    if metric.thresholds is not None:
-        cases = metric.confmat[0].sum(-1)
-    else:
-        target, classes = dim_zero_cat(metric.target), getattr(metric, "num_classes", None)
-        positives = target.sum(0) if classes is None else torch.bincount(target, minlength=classes)
-        cases = torch.stack([len(target) - positives, positives], -1)
-    defined = (cases[..., needs] > 0).all(-1)
-    return torch.where(defined, each, torch.nan).nanmean()
 
+    needs: tuple[int, ...] = BOTH
+    thresholds: Any  # torchmetrics', like its states
+    confmat: Any
+    target: Any
 
-class _BinaryAUROC(tmc.BinaryAUROC):
     def compute(self) -> Any:  # a Tensor; the curves beneath return several
-        return _mean_of_classes(self, super().compute(), BOTH)
+        if self.thresholds is not None:
+            cases = self.confmat[0].sum(-1)
+        else:
+            target, classes = dim_zero_cat(self.target), getattr(self, "num_classes", None)
+            positives = target.sum(0) if classes is None else torch.bincount(target, minlength=classes)
+            cases = torch.stack([len(target) - positives, positives], -1)
+        defined = (cases[..., self.needs] > 0).all(-1)
+        return torch.where(defined, super().compute(), torch.nan).nanmean()  # type: ignore[misc]
 
 
-class _BinaryAveragePrecision(tmc.BinaryAveragePrecision):
-    def compute(self) -> Any:
-        return _mean_of_classes(self, super().compute(), POSITIVES)
+class _BinaryAUROC(_OfClassesWithCases, tmc.BinaryAUROC):
+    pass
 
 
-class _MulticlassAUROC(tmc.MulticlassAUROC):
-    def compute(self) -> Any:
-        return _mean_of_classes(self, super().compute(), BOTH)
+class _MulticlassAUROC(_OfClassesWithCases, tmc.MulticlassAUROC):
+    pass
 
 
-class _MulticlassAveragePrecision(tmc.MulticlassAveragePrecision):
-    def compute(self) -> Any:
-        return _mean_of_classes(self, super().compute(), POSITIVES)
+class _MultilabelAUROC(_OfClassesWithCases, tmc.MultilabelAUROC):
+    pass
 
 
-class _MultilabelAUROC(tmc.MultilabelAUROC):
-    def compute(self) -> Any:
-        return _mean_of_classes(self, super().compute(), BOTH)
+class _BinaryAveragePrecision(_OfClassesWithCases, tmc.BinaryAveragePrecision):
+    needs = POSITIVES
 
 
-class _MultilabelAveragePrecision(tmc.MultilabelAveragePrecision):
-    def compute(self) -> Any:
-        return _mean_of_classes(self, super().compute(), POSITIVES)
+class _MulticlassAveragePrecision(_OfClassesWithCases, tmc.MulticlassAveragePrecision):
+    needs = POSITIVES
+
+
+class _MultilabelAveragePrecision(_OfClassesWithCases, tmc.MultilabelAveragePrecision):
+    needs = POSITIVES
 
 
 class _MultilabelCalibrationError(tmc.BinaryCalibrationError):

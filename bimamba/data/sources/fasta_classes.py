@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bimamba.data.fasta import BESIDE_FASTA, FASTA_SUFFIXES, class_of, is_fasta
-from bimamba.data.files import is_hidden, left_out
+from bimamba.data.files import left_out
 from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Records, required_path
 from bimamba.data.sources.image_folder import subfolders
 from bimamba.data.sources.reading import fasta_records, read_sequences
@@ -33,7 +33,7 @@ class FastaClasses:
         if not folders:
             folders = {UNSPLIT: root}
         files = {
-            split: sorted(p for p in folder.iterdir() if p.is_file() and is_fasta(p) and not is_hidden(p, folder))
+            split: sorted(p for p in folder.iterdir() if p.is_file() and is_fasta(p) and not p.name.startswith("."))
             for split, folder in folders.items()
         }
         for split, found in files.items():
