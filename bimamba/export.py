@@ -17,14 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from bimamba.checkpoint import checkpoint_spec, load_weights
 from bimamba.config import run_folder
-from bimamba.data.fingerprint import DRAWN_BY, IDENTITY
 from bimamba.program import example, export_program, pytorch_path
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "model.pt2"
 # What decides the rows that a figure is of; an evaluation on others does not belong into a model's card.
-ROWS = (*IDENTITY, *DRAWN_BY)
+ROWS = ("_target_", "source", "path", "task", "seed", "val_fraction", "test_fraction", "num_folds", "fold", "fold_role")
 VIEWS = ("test_time_rc", "test_time_flip")  # and what decides how often each of them is looked at
 
 
