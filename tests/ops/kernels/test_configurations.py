@@ -82,6 +82,8 @@ def test_gradients_walk_from_one_walk_a_processor_on(monkeypatch):
         t = Problem(b=b, l=4096, h=8, g=1, p=64, n=n, dtype=torch.bfloat16, device=torch.device("cpu"))
         passes = [choose(t, True, backward) for backward in (False, True)]
         assert tuple((c.walk, c.states_block_n) for c in passes) == expected[n][b], (n, b)
+        alone = choose(t, False, False)  # no gradient follows
+        assert (alone.walk, alone.states_block_n) == expected[n][b][0], (n, b)
 
 
 SIZES = list(

@@ -198,9 +198,10 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
     # For gradients a walk a processor is enough: their chunks are short, and passing them costs as much as the states
     # themselves. Of half of n, so that there are two. H200, forward+backward by passing, walks, walks of half of n: 128
     # walks (b8 l16384 h8) 1390, 1372, 1298; b16 l2048 h4 212, 204, 198; n 128, b4 l8192 h8 672, 619, 596; 144 walks
-    # 1648, 1598, 1518; 96 walks 1049, 1131, 1060. Forward alone, n 64, 128 walks: 396, 443, 414, so
-    # the forward pass only where n is large: n 128, b4 l8192 h8, gradients walked: 619 passed forward, 595 walked
-    few = (backward or block_n > 64) and halves == 1 and not little and narrow > 32
+    # 1648, 1598, 1518; 96 walks 1049, 1131, 1060. Forward alone, n 64, 128 walks: 396, 443, 414 (H100: 452, 460,
+    # 436), so the forward pass only where n is large: n 128, b4 l8192 h8, gradients walked: 619 passed forward, 595
+    # walked; no gradients, H100: 214 passed, 184 and 185 walked
+    few = (halves == 1 if backward else block_n > 64) and not little and narrow > 32
     few = few and 0.95 * device.processors <= walks < 2 * device.processors
     walk_rows = chunk if backward else chunk * fill
     row_blocks = problem.b * -(-problem.l // (chunk // halves)) * problem.g
