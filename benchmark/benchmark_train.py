@@ -9,7 +9,7 @@ Models, of one width and depth, embedding, pooling and head:
 
     bimamba      this package's classifier;  +mem_eff: use_mem_eff_path;  +checkpoint: checkpoint_blocks;
                  +compile: torch.compile;  +reduce: torch.compile with mode=reduce-overhead;  +graph: the whole step as
-                 one CUDA graph
+                 one CUDA graph;  +checkpoint+graph: both
     flip         the same blocks, bidirectional Mamba-2 made of two causal ones: mamba-ssm's Triton scan and gated norm,
                  PyTorch's convolution, and flips;  +graph
     transformer  pre-norm attention (torch's scaled_dot_product_attention) and GELU MLP, as many parameters;  +graph
@@ -82,7 +82,7 @@ TINY = {
     "pixels": Shape(2, 64, 32, 2, PixelEmbedding),
     "dna_1k": Shape(2, 100, 32, 2),
 }
-OPTIONS = ("", "+mem_eff", "+checkpoint", "+compile", "+reduce", "+graph")
+OPTIONS = ("", "+mem_eff", "+checkpoint", "+compile", "+reduce", "+graph", "+checkpoint+graph")
 MODELS = (*(f"bimamba{option}" for option in OPTIONS), "transformer", "transformer+graph", "flip", "flip+graph")
 
 
@@ -133,7 +133,7 @@ def peer_scan() -> Callable | None:
 
 
 def build(name: str, shape: Shape, headdim: int) -> Classifier:
-    kind, _, option = name.partition("+")
+    kind, *options = name.split("+")
     common = dict(d_model=shape.d_model, depth=shape.depth, embedding=shape.embedding)
     if kind == "transformer":
         ours = sum(p.numel() for p in BiMamba2(shape.d_model, headdim=headdim).parameters())
@@ -141,8 +141,8 @@ def build(name: str, shape: Shape, headdim: int) -> Classifier:
         ratio = (ours - attention) / (2 * shape.d_model**2)
         mixer = partial(Attention, headdim=headdim)
         return Classifier(shape.spec(), mixer=mixer, mlp="gelu", mlp_ratio=ratio, **common)
-    mixer = partial(FlipMamba2 if kind == "flip" else BiMamba2, headdim=headdim, use_mem_eff_path=option == "mem_eff")
-    return Classifier(shape.spec(), mixer=mixer, checkpoint_blocks=option == "checkpoint", **common)
+    mixer = partial(FlipMamba2 if kind == "flip" else BiMamba2, headdim=headdim, use_mem_eff_path="mem_eff" in options)
+    return Classifier(shape.spec(), mixer=mixer, checkpoint_blocks="checkpoint" in options, **common)
 
 
 def flops(net: Classifier, shape: Shape) -> float:
@@ -247,14 +247,14 @@ def measure(name: str, label: str, shape: Shape, device: str, steps: int, headdi
     torch.manual_seed(0)
     net = build(name, shape, headdim).to(device)
     row["parameters"] = sum(p.numel() for p in net.parameters())
-    option = name.partition("+")[2]
-    counted = launches(net, shape, device) if cuda and not option else ""
+    options = name.split("+")[1:]
+    counted = launches(net, shape, device) if cuda and not options else ""
     net.zero_grad(set_to_none=True)
     batch = shape.batch_of(device)
-    if option in ("compile", "reduce"):
-        compile_network(net, "reduce-overhead" if option == "reduce" else None)
+    if "compile" in options or "reduce" in options:
+        compile_network(net, "reduce-overhead" if "reduce" in options else None)
     start = time.perf_counter()
-    step = Step(net, partial(loss_of, net, *batch), graph=option == "graph")
+    step = Step(net, partial(loss_of, net, *batch), graph="graph" in options)
     for _ in range(3):
         step()
     if cuda:
@@ -271,7 +271,7 @@ def measure(name: str, label: str, shape: Shape, device: str, steps: int, headdi
         peak = torch.cuda.max_memory_allocated()
         row["peak GB"] = peak / 1e9
         # a graph's activations lie in its own pool, which is alive before
-        row["activations GB"] = float("nan") if option in ("graph", "reduce") else (peak - before) / 1e9
+        row["activations GB"] = float("nan") if {"graph", "reduce"} & set(options) else (peak - before) / 1e9
         best = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
         row["share of peak"] = flops(net, shape) / median / best if best else float("nan")
     row |= {"launches a block": counted, "warm-up s": first}
