@@ -15,6 +15,10 @@ from torch import nn
 
 from bimamba.spec import DataSpec
 
+# Of a run's data: the options that say which data these are, and those that decide which of their rows are whose.
+IDENTITY = ("_target_", "source", "path", "task")
+DRAWN_BY = ("seed", "val_fraction", "test_fraction", "num_folds", "fold", "fold_role", "val_records", "test_records")
+
 # Where a configuration that came with a checkpoint may take its classes and functions from.
 TRUSTED = (
     # by room: what lies outside of them (bimamba.config.save, for one) writes files

@@ -15,16 +15,14 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from bimamba.checkpoint import checkpoint_spec, load_weights
+from bimamba.checkpoint import DRAWN_BY, IDENTITY, checkpoint_spec, load_weights
 from bimamba.config import run_folder
 from bimamba.program import example, export_program, pytorch_path
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "model.pt2"
-# What decides the rows that a figure is of; an evaluation on others does not belong into a model's card.
-ROWS = ("_target_", "source", "path", "task", "seed", "val_fraction", "test_fraction", "num_folds", "fold", "fold_role")
-VIEWS = ("test_time_rc", "test_time_flip")  # and what decides how often each of them is looked at
+VIEWS = ("test_time_rc", "test_time_flip")  # what decides how often each row is looked at
 
 
 @rank_zero_only
@@ -138,7 +136,8 @@ def find_metrics(ckpt_path: Path, config: Mapping[str, Any]) -> tuple[dict[str, 
         if not (folder / "config.yaml").is_file():
             continue
         of: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        same = all(of.get("data", {}).get(k) == config.get("data", {}).get(k) for k in ROWS)
+        # An evaluation on other rows does not belong into a model's card
+        same = all(of.get("data", {}).get(k) == config.get("data", {}).get(k) for k in (*IDENTITY, *DRAWN_BY))
         same &= _views(of) == views
         if same and Path(of["ckpt_path"]).resolve() == ckpt_path.resolve():
             found = _test_figures(folder / "metrics.json")

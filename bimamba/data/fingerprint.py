@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from bimamba.checkpoint import DRAWN_BY, IDENTITY
 from bimamba.data.images import EncodedImages, PixelArray
 from bimamba.data.preflight import warn
 from bimamba.data.sequences import ByteRows
 
 SAMPLED = 1000  # rows whose content counts; of the others the names do
-# Options that say which data these are.
-IDENTITY = ("_target_", "source", "path", "task")
-# Options that decide which rows of the same data are trained on: of the data, and of their source.
-DRAWN_BY = ("seed", "val_fraction", "test_fraction", "num_folds", "fold", "fold_role", "val_records", "test_records")
+# Options of the source that decide which rows are trained on, beside `DRAWN_BY` of the data.
 NAMED_BY = ("split_column", "split_names", "val_chromosomes", "test_chromosomes")
 
 
