@@ -234,6 +234,7 @@ class ClassificationDataModule(LightningDataModule):
             fold=self.fold,
             fold_role=self.fold_role,
             seed=self.seed,
+            groups=records.groups,
         )
         if not evaluating and len(splits["train"]) == 0:
             raise ValueError(f"no training rows: expected a training set, got {_sizes(splits)}")

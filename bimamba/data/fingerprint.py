@@ -17,7 +17,7 @@ from bimamba.data.sequences import ByteRows
 
 SAMPLED = 1000  # rows whose content counts; of the others the names do
 # Options of the source that decide which rows are trained on, beside `DRAWN_BY` of the data.
-NAMED_BY = ("split_column", "split_names", "val_chromosomes", "test_chromosomes")
+NAMED_BY = ("split_column", "split_names", "group_column", "val_chromosomes", "test_chromosomes")
 
 
 def fingerprint(rows: np.ndarray, names: bytes, content: Callable[[int], bytes]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Records:
         describe: `row -> "file: row 17"`, for messages.
         labels: one of int64 `(n,)` (class numbers), str objects `(n,)` (class names), float64 `(n,)` (a regression
             target) or float64 `(n, k)` (several label columns); None where nothing is known.
+        groups: int64 `(n,)`: rows that belong together (of one patient, one gene family) and come into one split where
+            splits are made; None: unknown.
         label_names: names of the class numbers (index = number), or of the k label columns. None: unknown.
         notes: what the source did that the user should know; the preflight prints them.
     """
@@ -46,6 +48,7 @@ class Records:
     splits: dict[str, np.ndarray]
     describe: Callable[[int], str]
     labels: np.ndarray | None = None
+    groups: np.ndarray | None = None
     label_names: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
 

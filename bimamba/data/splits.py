@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bimamba.data.records import UNSPLIT
@@ -45,6 +47,38 @@ def stratified_folds(strata: np.ndarray, rows: np.ndarray, num_folds: int, seed:
     return [np.sort(dealt[fold::num_folds]) for fold in range(num_folds)]
 
 
+def grouped_parts(
+    strata: np.ndarray, groups: np.ndarray, rows: np.ndarray, shares: Sequence[float], seed: int
+) -> list[np.ndarray]:
+    """Partition of `rows` into parts of the given shares that divides no group.
+
+    Groups are dealt out one by one, the largest first (those of one size in the seed's order), each to the part whose
+    counts of every stratum it brings closest to that part's share, by chi-square.
+
+    Args:
+        strata, groups: int64 `(n,)`: the stratum and the group of every row of the data set.
+        rows: int64 `(m,)`: the rows to part.
+        shares: of the parts, each above 0, 1 in all; where it makes no difference the first part takes the group.
+        seed: decides the order.
+    """
+    _, kind = np.unique(strata[rows], return_inverse=True)
+    _, of, sizes = np.unique(groups[rows], return_inverse=True, return_counts=True)
+    members = np.split(np.argsort(of, kind="stable"), np.cumsum(sizes)[:-1])
+    totals = np.bincount(kind)
+    order = np.random.default_rng(seed).permutation(len(members))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    share = np.asarray(shares)
+    missing = share[:, None] * totals  # (parts, strata)
+    part_of = np.empty(len(rows), np.int64)
+    for group in order if len(rows) else ():
+        counts = np.bincount(kind[members[group]], minlength=len(totals))
+        # By how much the sum of (missing rows)^2 / expected rows falls
+        part = int(np.argmax((2 * missing - counts) @ (counts / totals) / share))
+        missing[part] -= counts
+        part_of[members[group]] = part
+    return [np.sort(rows[part_of == part]) for part in range(len(share))]
+
+
 def strata_of(labels: np.ndarray, problem: str) -> np.ndarray:
     """Stratum of every row.
 
@@ -71,6 +105,7 @@ def make_splits(
     fold: int | None,
     seed: int,
     fold_role: str = "val",
+    groups: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The three splits, those the source does not define made from its training rows.
 
@@ -84,46 +119,68 @@ def make_splits(
         seed: decides which rows.
         fold_role: `val`, or `test`: cross-validation. The folds are of all rows, fold number `fold` is the test set
             and the validation set comes out of the others, so that nothing is chosen on rows that are tested.
+        groups: int64 `(n,)`: rows of one group come into one split, where splits are made; None: each row may go
+            anywhere.
 
     Returns:
         The splits, and sentences that say what was done.
 
     Raises:
-        ValueError: an option is out of range, or cross-validation of data that have a test set of their own.
+        ValueError: an option is out of range, cross-validation of data that have a test set of their own, or fewer
+            groups than folds.
     """
+
+    def divide(rows: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        if groups is None or not fraction:
+            return stratified_split(strata, rows, fraction, seed)
+        rest, part = grouped_parts(strata, groups, rows, (1 - fraction, fraction), seed)
+        return rest, part
+
+    def deal(rows: np.ndarray) -> np.ndarray:
+        assert num_folds is not None and fold is not None
+        if groups is None:
+            return stratified_folds(strata, rows, num_folds, seed)[fold]
+        if (found := len(np.unique(groups[rows]))) < num_folds:
+            raise ValueError(f"data.num_folds: expected at most one fold a group, got {num_folds} for {found} groups")
+        return grouped_parts(strata, groups, rows, [1 / num_folds] * num_folds, seed)[fold]
+
     check_fractions(val_fraction, test_fraction, num_folds, fold, fold_role)
     splits = {name: given.get(name, np.zeros(0, np.int64)) for name in ("train", "val", "test")}
     if UNSPLIT in given:
         splits["train"] = given[UNSPLIT]
-    notes = []
+    how = "stratified" if groups is None else "stratified, by whole groups"
+    notes = [] if groups is None else _divided(splits, groups)
     testing = num_folds is not None and fold_role == "test"
     if testing and "test" in given:
         raise ValueError("data.fold_role=test: expected data without a test set, these have one; use fold_role=val")
     if testing:
-        assert num_folds is not None and fold is not None
-        pool = _pool(splits, num_folds)
-        splits["test"] = stratified_folds(strata, pool, num_folds, seed)[fold]
+        assert num_folds is not None
+        splits["test"] = deal(_pool(splits, num_folds))
         for name in ("train", "val"):
             splits[name] = np.setdiff1d(splits[name], splits["test"], assume_unique=True)
-        notes.append(f"test: fold {fold} of {num_folds} (stratified, seed {seed})")
+        notes.append(f"test: fold {fold} of {num_folds} ({how}, seed {seed})")
     elif "test" not in given:
         if test_fraction == 1:
             splits = {"train": splits["val"][:0], "val": splits["val"][:0], "test": _merge(splits)}
             return splits, ["every row is a test row (test_fraction=1)"]
-        splits["train"], splits["test"] = stratified_split(strata, splits["train"], test_fraction, seed)
-        notes.append(f"test: a stratified {test_fraction:.0%} of the rows, seed {seed} (no test set given)")
+        splits["train"], splits["test"] = divide(splits["train"], test_fraction, seed)
+        notes.append(f"test: {test_fraction:.0%} of the rows, {how}, seed {seed} (no test set given)")
     if num_folds is not None and not testing:
-        assert fold is not None
         pool = _pool(splits, num_folds)
-        splits["val"] = stratified_folds(strata, pool, num_folds, seed)[fold]
+        splits["val"] = deal(pool)
         splits["train"] = np.setdiff1d(pool, splits["val"], assume_unique=True)
-        notes.append(f"val: fold {fold} of {num_folds} (stratified, seed {seed}) of the non-test rows")
+        notes.append(f"val: fold {fold} of {num_folds} ({how}, seed {seed}) of the non-test rows")
     elif "val" not in given and len(splits["train"]):
-        splits["train"], splits["val"] = stratified_split(strata, splits["train"], val_fraction, seed + 1)
-        notes.append(
-            f"val: a stratified {val_fraction:.0%} of the training rows, seed {seed} (no validation set given)"
-        )
+        splits["train"], splits["val"] = divide(splits["train"], val_fraction, seed + 1)
+        notes.append(f"val: {val_fraction:.0%} of the training rows, {how}, seed {seed} (no validation set given)")
     return splits, notes
+
+
+def _divided(splits: dict[str, np.ndarray], groups: np.ndarray) -> list[str]:
+    """A sentence where the source's own splits divide groups."""
+    lie_in = np.stack([np.isin(np.unique(groups), groups[rows]) for rows in splits.values()]).sum(0)
+    several = int((lie_in > 1).sum())
+    return [f"the given splits divide {several} of {len(lie_in)} groups"] if several else []
 
 
 def check_parts(
@@ -134,7 +191,8 @@ def check_parts(
         if fraction and name not in given and not len(splits[name]):
             raise ValueError(
                 f"data.{name}_fraction: expected at least one row in a part of {fraction:g}, got none "
-                f"(of {len(splits['train'])} training rows every class keeps one); give more rows, or set it to 0"
+                f"(of {len(splits['train'])} training rows every class keeps one, and groups stay whole); "
+                "give more rows, or set it to 0"
             )
 
 

@@ -77,6 +77,21 @@ def test_named_columns_and_split_column(tmp_path):
     assert found == {f"r{i}": (columns["sequence"][i], 1 - i % 2) for i in range(24, 30)}
 
 
+def test_groups_of_a_column_stay_in_one_split(tmp_path):
+    columns = sequence_rows(120)
+    family = [f"f{i % 30}" for i in range(120)]
+    path = write_table(tmp_path / "x.csv", {**columns, "family": family})
+    data = setup(SequenceTable(group_column="family"), path)
+    found = {split: {family[row] for row in rows} for split, rows in data.splits.items()}
+    assert all(found.values()) and sum(map(len, found.values())) == 30
+    assert any("by whole groups" in note for note in data.notes)
+    path = write_table(tmp_path / "y.csv", {**columns, "family": [*family[:-1], ""]})
+    with stops("row 120", "expected a value in column 'family'", "group_column"):
+        setup(SequenceTable(group_column="family"), path)
+    with stops("expected the column", "kin"):
+        setup(SequenceTable(group_column="kin"), path)
+
+
 def test_order_of_rows_of_names_does_not_matter(tmp_path):
     write_table(tmp_path / "x.csv", {"sequence": ["ACGT"] * 40, "label": ["b"] * 20 + ["a"] * 20})
     assert setup(SequenceTable(), tmp_path).spec.class_names == ("a", "b")
@@ -435,6 +450,14 @@ def test_bed_columns_by_name_and_number(tmp_path):
         setup(FastaBed(str(fasta), label_column="y"), bed)
     with stops("x.bed: line 2", "expected a column 9", "found 8 columns"):
         setup(FastaBed(str(fasta), label_column=9), bed)
+
+
+def test_bed_groups_by_column(tmp_path):
+    lines = [*bed_lines(), *(("chr3", i, i + 30, "ab"[i % 2], 0, "+") for i in range(6))]
+    fasta, bed, _ = bed_files(tmp_path, lines)
+    data = setup(FastaBed(str(fasta), group_column=1), bed, test_fraction=0.4, val_fraction=0.3)
+    found = [{data.examples.ids[int(row)].as_py().split(":")[0] for row in rows} for rows in data.splits.values()]
+    assert all(found) and sum(map(len, found)) == 3  # chromosomes
 
 
 def test_bed_splits_by_chromosome(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bimamba.data.splits import make_splits, strata_of, stratified_folds, stratified_split
+from bimamba.data.splits import grouped_parts, make_splits, strata_of, stratified_folds, stratified_split
 
 OPTIONS = dict(val_fraction=0.1, test_fraction=0.2, num_folds=None, fold=None, seed=0)
 
@@ -44,6 +44,72 @@ def test_folds_are_a_stratified_partition(num_folds):
         counts = [(labels[f] == c).sum() for f in folds]
         assert max(counts) - min(counts) <= 1
     assert max(map(len, folds)) - min(map(len, folds)) <= 1
+
+
+def grouped(sizes, n_classes=3, seed=0):
+    """Rows in random order: the group of each, and its class."""
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return groups, rng.integers(0, n_classes, len(groups))
+
+
+def test_groups_stay_whole_and_parts_near_their_shares():
+    groups, labels = grouped(np.random.default_rng(1).integers(1, 12, 120))
+    rows = np.arange(5, len(groups))
+    rest, part = grouped_parts(labels, groups, rows, (0.8, 0.2), seed=0)
+    assert np.array_equal(np.sort([*rest, *part]), rows) and not set(groups[rest]) & set(groups[part])
+    for c in range(3):
+        assert abs((labels[part] == c).sum() - 0.2 * (labels[rows] == c).sum()) <= 3
+    # Large groups are not all in the larger part
+    sizes = np.bincount(groups)
+    assert abs(sizes[np.unique(groups[part])].mean() / sizes[np.unique(groups[rest])].mean() - 1) < 0.5
+    again = grouped_parts(labels, groups, rows, (0.8, 0.2), seed=0)
+    assert np.array_equal(again[1], part)
+    assert not np.array_equal(grouped_parts(labels, groups, rows, (0.8, 0.2), seed=1)[1], part)
+
+
+def test_groups_that_cannot_be_parted_evenly():
+    """A group too large for the smaller part, and a class of one group, stay in the larger one."""
+    groups = np.repeat([0, 1, 2, 3, 4], [60, 10, 10, 10, 10])
+    rest, part = grouped_parts(np.zeros(100, int), groups, np.arange(100), (0.8, 0.2), seed=0)
+    assert 0 in groups[rest] and len(part) == 20
+    labels = np.array([0] * 90 + [1] * 10)
+    rest, part = grouped_parts(labels, np.r_[np.arange(90) // 3, np.full(10, 30)], np.arange(100), (0.8, 0.2), seed=0)
+    assert set(range(90, 100)) <= set(rest) and len(part) == 18
+
+
+def test_groups_of_one_row_are_split_as_rows_are():
+    labels = strata()
+    parts = grouped_parts(labels, np.arange(203), np.arange(203), [0.2] * 5, seed=0)
+    for c in range(3):
+        counts = [(labels[part] == c).sum() for part in parts]
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"num_folds": 4, "fold": 1}, {"num_folds": 4, "fold": 1, "fold_role": "test"}])
+def test_no_made_split_divides_a_group(options):
+    groups, labels = grouped([3] * 60)
+    splits, notes = make_splits({"all": np.arange(180)}, labels, groups=groups, **{**OPTIONS, **options})
+    found = [set(groups[rows]) for rows in splits.values()]
+    assert all(found) and sum(map(len, found)) == 60
+    assert all("by whole groups" in note for note in notes)
+
+
+def test_folds_by_groups_cover_every_row_once():
+    groups, labels = grouped([2, 5] * 20)
+    options = {**OPTIONS, "num_folds": 5, "fold_role": "test"}
+    made = [make_splits({"all": np.arange(140)}, labels, groups=groups, **{**options, "fold": f})[0] for f in range(5)]
+    assert np.array_equal(np.sort(np.concatenate([s["test"] for s in made])), np.arange(140))
+    with pytest.raises(ValueError, match="at most one fold a group, got 5 for 3 groups"):
+        make_splits({"all": np.arange(9)}, np.zeros(9, int), groups=np.arange(9) // 3, **{**options, "fold": 0})
+
+
+def test_given_splits_that_divide_groups_are_said():
+    given = {"train": np.arange(0, 60), "val": np.arange(60, 80), "test": np.arange(80, 100)}
+    splits, notes = make_splits(given, strata(100), groups=np.arange(100) // 8, **OPTIONS)
+    assert all(np.array_equal(splits[name], given[name]) for name in given)
+    assert notes == ["the given splits divide 1 of 13 groups"]
+    assert not make_splits(given, strata(100), groups=np.arange(100) // 20, **OPTIONS)[1]
 
 
 def test_given_splits_stay_as_they_are():

@@ -26,6 +26,8 @@ class FastaBed:
         val_chromosomes, test_chromosomes: chromosomes that make the validation and test set; the usual way to keep
             overlapping and homologous intervals on one side. None: stratified splits by `data.val_fraction` and
             `data.test_fraction`.
+        group_column: number or name of a column whose equal values (a gene, or 1, the chromosome) stay in one split
+            where splits are drawn.
     """
 
     def __init__(
@@ -35,10 +37,12 @@ class FastaBed:
         split_column: int | str | None = None,
         val_chromosomes: Sequence[str] | None = None,
         test_chromosomes: Sequence[str] | None = None,
+        group_column: int | str | None = None,
     ) -> None:
         if split_column is not None and (val_chromosomes or test_chromosomes):
             raise ValueError("data.source: expected either split_column or val_/test_chromosomes, got both")
         self.fasta, self.label_column, self.split_column = fasta, label_column, split_column
+        self.group_column = group_column
         self.chromosomes = {"val": list(val_chromosomes or ()), "test": list(test_chromosomes or ())}
 
     def prepare(self, path: str | None, task: str | None) -> None:
@@ -56,6 +60,9 @@ class FastaBed:
         column = _column(self.label_column, intervals, header, bed, "label_column")
         records.labels = _as_labels([interval.fields[column] for interval in intervals])
         records.splits = self._splits(intervals, header, bed)
+        if self.group_column is not None:
+            column = _column(self.group_column, intervals, header, bed, "group_column")
+            records.groups = np.unique([i.fields[column] for i in intervals], return_inverse=True)[1].astype(np.int64)
         return records
 
     def read(self, path: str) -> Records:

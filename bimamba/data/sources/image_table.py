@@ -8,6 +8,7 @@ from pathlib import Path
 from bimamba.data.records import Records
 from bimamba.data.sources.reading import image_table_records, read_images
 from bimamba.data.sources.table import TableSource
+from bimamba.data.tables import group_numbers
 
 
 class ImageTable(TableSource):
@@ -16,7 +17,8 @@ class ImageTable(TableSource):
     Args:
         hub: name on the Hub, used where `data.path` is not set.
         image_column: column of the images.
-        label_column, id_column, split_column, split_names, cache_dir: see `TableSource`.
+        label_column, id_column, split_column, split_names, cache_dir, group_column: see
+            `TableSource`.
     """
 
     def __init__(
@@ -28,8 +30,9 @@ class ImageTable(TableSource):
         split_column: str | None = None,
         split_names: Mapping[str, str] | None = None,
         cache_dir: str | None = None,
+        group_column: str | None = None,
     ) -> None:
-        super().__init__(hub, image_column, label_column, id_column, split_column, split_names, cache_dir)
+        super().__init__(hub, image_column, label_column, id_column, split_column, split_names, cache_dir, group_column)
 
     def load(self, path: str | None, task: str | None) -> Records:
         """All rows.
@@ -39,7 +42,9 @@ class ImageTable(TableSource):
         """
         rows, names = self.rows(path, task, text=False)
         root = None if path is None else Path(path).expanduser()
-        return image_table_records(rows, self.input_column, self.label_columns, self.id_column, names, root)
+        records = image_table_records(rows, self.input_column, self.label_columns, self.id_column, names, root)
+        records.groups = group_numbers(rows, self.group_column)
+        return records
 
     def read(self, path: str) -> Records:
         """Images to predict: files, npz or a table."""

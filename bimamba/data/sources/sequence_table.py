@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from bimamba.data.records import Records
 from bimamba.data.sources.reading import read_sequences, table_records
 from bimamba.data.sources.table import TableSource
+from bimamba.data.tables import group_numbers
 
 
 class SequenceTable(TableSource):
@@ -15,7 +16,8 @@ class SequenceTable(TableSource):
     Args:
         hub: name on the Hub, used where `data.path` is not set; `{task}` in it stands for `data.task`.
         sequence_column: column of the sequences.
-        label_column, id_column, split_column, split_names, cache_dir: see `TableSource`.
+        label_column, id_column, split_column, split_names, cache_dir, group_column: see
+            `TableSource`.
     """
 
     def __init__(
@@ -27,8 +29,11 @@ class SequenceTable(TableSource):
         split_column: str | None = None,
         split_names: Mapping[str, str] | None = None,
         cache_dir: str | None = None,
+        group_column: str | None = None,
     ) -> None:
-        super().__init__(hub, sequence_column, label_column, id_column, split_column, split_names, cache_dir)
+        super().__init__(
+            hub, sequence_column, label_column, id_column, split_column, split_names, cache_dir, group_column
+        )
 
     def load(self, path: str | None, task: str | None) -> Records:
         """All rows.
@@ -37,7 +42,9 @@ class SequenceTable(TableSource):
             ValueError: see `Source.load`.
         """
         rows, names = self.rows(path, task, text=True)
-        return table_records(rows, self.input_column, self.label_columns, self.id_column, names)
+        records = table_records(rows, self.input_column, self.label_columns, self.id_column, names)
+        records.groups = group_numbers(rows, self.group_column)
+        return records
 
     def read(self, path: str) -> Records:
         """Rows of a table, with labels where it has the columns; or of FASTA files."""

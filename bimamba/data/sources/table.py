@@ -18,6 +18,7 @@ class TableSource:
         label_column: column of the labels, or a list of them (multilabel, regression).
         id_column: column of the names of rows; None: file name and row number.
         split_column: column that says train, val or test.
+        group_column: column whose equal values (a patient, a gene family) stay in one split where splits are drawn.
         split_names: `{split: name in the data set}` where the usual names do not fit.
         cache_dir: where downloads go.
     """
@@ -31,11 +32,12 @@ class TableSource:
         split_column: str | None,
         split_names: Mapping[str, str] | None,
         cache_dir: str | None,
+        group_column: str | None = None,
     ) -> None:
         self.hub, self.input_column = hub, input_column
         self.label_columns = [label_column] if isinstance(label_column, str) else list(label_column)
         self.id_column, self.split_column, self.split_names = id_column, split_column, split_names
-        self.cache_dir = cache_dir
+        self.cache_dir, self.group_column = cache_dir, group_column
 
     def prepare(self, path: str | None, task: str | None) -> None:
         """Downloads from the Hub unless there is a local copy."""
@@ -51,11 +53,12 @@ class TableSource:
         """
         hub, config = self._hub(task)
         names = [self.id_column] if self.id_column else []
+        groups = [self.group_column] if self.group_column else []
         return load_rows(
             hub=hub,
             path=path,
             task=task if path is not None else config,
-            columns=[self.input_column, *self.label_columns, *names],
+            columns=[self.input_column, *self.label_columns, *names, *groups],
             text=[self.input_column, *names] if text else [],
             split_column=self.split_column,
             split_names=self.split_names,
