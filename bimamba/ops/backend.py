@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
 _said: set[str] = set()
 
@@ -46,7 +48,7 @@ def choose_backend(x: Tensor, backend: str, backends: tuple[str, ...], refusal: 
         raise ValueError(f"{source}: expected one of {backends}, got {backend!r}")
     if backend not in ("auto", "triton") or (backend == "auto" and x.device.type == "cpu"):
         return "torch" if backend == "auto" else backend
-    why = refusal() or triton_unavailable(x)
+    why = refusal() or triton_unavailable(x) or _transformed()
     if why is None:
         return "triton"
     if backend == "triton":
@@ -67,6 +69,20 @@ def triton_unavailable(x: Tensor) -> str | None:
         return f"Triton kernels run on CUDA and ROCm devices (or with TRITON_INTERPRET=1 on the CPU), not on {x.device}"
     # Dynamo warns of caches
     return (_too_old.__wrapped__ if torch.compiler.is_compiling() else _too_old)(x.device)
+
+
+def _transformed() -> str | None:
+    """Why kernels cannot serve under the transforms that are active; None if they can: one `torch.func.grad`."""
+    if torch.compiler.is_compiling():
+        return None
+    kinds = []
+    if torch._C._are_functorch_transforms_active():
+        kinds = [interpreter.key().name for interpreter in retrieve_all_functorch_interpreters()]
+    forward = forward_ad._current_level >= 0
+    if not forward and ("Vmap" not in kinds and "Jvp" not in kinds and kinds.count("Grad") < 2):
+        return None
+    what = "torch.func's " + ", ".join(kinds).lower() if kinds else "forward-mode derivatives"
+    return f"the kernels have first derivatives in reverse mode alone, and no vmap: {what} asked for more"
 
 
 @functools.lru_cache  # 3 us a call otherwise

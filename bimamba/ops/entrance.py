@@ -6,7 +6,7 @@ pass, as much as all of its launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,29 @@ def below_autograd(operator: Any, direct: Callable[..., Any], *args: Any) -> Any
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
     return direct(*args)
+
+
+def once(grads: Sequence[Tensor | None], tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of a backward pass; where `create_graph` asks for a graph of it, such that to go through it raises.
+
+    Kernels have no second derivatives, and without a word autograd would take theirs for zero.
+
+    Args:
+        grads: of the forward pass's arguments. tensors: all that they depend on.
+    """
+    # torch.func always asks for a graph; that of a second derivative does not come here (`backend._transformed`)
+    again = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    if not again or not any([t is not None and t.requires_grad for t in tensors]):
+        return tuple(grads)
+    there = [t.detach().requires_grad_() for t in grads if t is not None]
+    refusing = iter(torch._C._functions.DelayedError(_NO_SECOND, len(there))(*there))
+    return tuple(None if t is None else next(refusing) for t in grads)
+
+
+_NO_SECOND = (
+    b"the Triton kernels have no second derivatives (create_graph=True: gradient penalties, Hessians); the PyTorch "
+    b"path has: backend='torch', or BIMAMBA_BACKEND=torch in the environment"
+)
 
 
 def implement(

@@ -20,7 +20,7 @@ from .conv1d.binding import kernel_flags
 from .conv1d.kernels import Form as ConvForm
 from .conv1d.kernels import conv_backward, conv_forward
 from .conv1d.reference import taps_before
-from .entrance import below_autograd, differentiable, enter, implement
+from .entrance import below_autograd, differentiable, enter, implement, once
 from .gated_norm.kernels import norm_backward, norm_forward
 from .launch import once_a_form
 from .prepare import Prepared, prepare
@@ -294,7 +294,8 @@ class _Mixer(torch.autograd.Function):
         dprojected, *rest = below_autograd(torch.ops.bimamba.mixer_backward.default, _backward, *args)
         grads = iter(rest)
         of_parameters = [None if t is None else next(grads) for t in tensors[_PARAMETERS]]
-        return dprojected, None, None, *of_parameters, *([None] * len(ctx.form))
+        found = once((dprojected, None, None, *of_parameters), (dout, *tensors))
+        return *found, *([None] * len(ctx.form))
 
 
 differentiable(_library, torch.ops.bimamba.mixer.default, _Mixer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..entrance import below_autograd, differentiable, enter, implement
+from ..entrance import below_autograd, differentiable, enter, implement, once
 from ..totals import Total, totals
 from .kernels import by_taps, conv_backward, conv_forward, form_of
 from .reference import taps_before
@@ -107,7 +107,8 @@ class _Conv1d(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing unpacks anew at every look
         args = (list(dys), *saved, *ctx.flags)
         dx, dweight, dbias = below_autograd(torch.ops.bimamba.conv1d_backward.default, _backward, *args)
-        return dx, dweight, dbias if saved[2] is not None else None, *([None] * 5)
+        grads = once((dx, dweight, dbias if saved[2] is not None else None), (*dys, *saved))
+        return *grads, *([None] * 5)
 
 
 differentiable(_library, torch.ops.bimamba.conv1d.default, _Conv1d)

@@ -28,7 +28,8 @@ def conv1d_reference(
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0.0)
     left = taps_before(width, causal)
-    if seq_idx is None:
+    # Compiled, by taps: Inductor fuses them, and cannot yet sort the strides of the other form for a symbolic length
+    if seq_idx is None and not torch.compiler.is_compiling():
         x = F.pad(x, (0, 0, left, width - 1 - left)).transpose(1, 2)
         y = F.conv1d(x, weight[:, None], bias, groups=d).transpose(1, 2)
     else:
@@ -36,14 +37,17 @@ def conv1d_reference(
     return ACTIVATIONS[activation](y)
 
 
-def _taps(x: Tensor, weight: Tensor, bias: Tensor | None, left: int, seq_idx: Tensor) -> Tensor:
+def _taps(x: Tensor, weight: Tensor, bias: Tensor | None, left: int, seq_idx: Tensor | None) -> Tensor:
     """One multiplication a tap, so that each tap can be masked by where it comes from."""
     width, l = weight.shape[1], x.shape[1]
     weight = weight.to(x.dtype)
     x = F.pad(x, (0, 0, left, width - 1 - left))
-    index = F.pad(seq_idx.long(), (left, width - 1 - left), value=-1)
+    if seq_idx is not None:
+        index = F.pad(seq_idx.long(), (left, width - 1 - left), value=-1)
     y = x.new_zeros(()) if bias is None else bias.to(x.dtype)
     for k in range(width):
-        same = (index[:, k : k + l] == seq_idx)[..., None]
-        y = y + torch.where(same, x[:, k : k + l], 0.0) * weight[:, k]
+        rows = x[:, k : k + l]
+        if seq_idx is not None:
+            rows = torch.where((index[:, k : k + l] == seq_idx)[..., None], rows, 0.0)
+        y = y + rows * weight[:, k]
     return y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..entrance import below_autograd, differentiable, enter, implement
+from ..entrance import below_autograd, differentiable, enter, implement, once
 from ..totals import Total, totals
 from .kernels import norm_backward, norm_forward
 
@@ -87,7 +87,8 @@ class _GatedNorm(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing unpacks anew at every look
         args = (dout, *saved, *ctx.flags)
         dy, dz, dweight = below_autograd(torch.ops.bimamba.gated_norm_backward.default, _backward, *args)
-        return dy, dz if saved[1] is not None else None, dweight, None, None, None, None
+        grads = once((dy, dz if saved[1] is not None else None, dweight), (dout, *saved))
+        return *grads, None, None, None, None
 
 
 differentiable(_library, torch.ops.bimamba.gated_norm.default, _GatedNorm)

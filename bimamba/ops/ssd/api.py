@@ -319,6 +319,8 @@ def _validate(
         _expect(f"initial_states ({which})", state, (b, h, p, n), "(b, h, p, n)", x)
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size: expected a positive int or None, got {chunk_size!r}")
+    if not isinstance(dt_softplus, bool):  # mamba-ssm has initial_states in this place
+        raise ValueError(f"dt_softplus: expected True or False, got {_describe(dt_softplus)}")
     if len(dt_limit) != 2 or not 0.0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit: expected (least, largest) with 0 <= least <= largest, got {dt_limit!r}")
     if debugging():

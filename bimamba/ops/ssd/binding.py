@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..entrance import below_autograd, differentiable, enter, implement
+from ..entrance import below_autograd, differentiable, enter, implement, once
 from ..totals import Total, totals
 from .kernels.choose import Problem, layout, problem_of
 from .kernels.scan import Gradients, Inputs, Saved, scan_backward, scan_forward
@@ -266,7 +266,7 @@ class _Scan(torch.autograd.Function):
         args = (dy, dends, *arguments, *ctx.flags, *saved[TENSORS:], ctx.allow_tf32)
         grads = iter(below_autograd(operator, _scan_backward, *args))
         of_tensors = [next(grads) if t is not None and i != SEQ_IDX else None for i, t in enumerate(arguments)]
-        return *of_tensors, *([None] * (len(ctx.flags) + 4))
+        return *once(of_tensors, (dy, dends, *arguments)), *([None] * (len(ctx.flags) + 4))
 
 
 differentiable(_library, torch.ops.bimamba.scan.default, _Scan)

@@ -77,6 +77,13 @@ def test_functional_gradient(run):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_second_derivatives_are_refused(run):
+    _, values, f = scan_leaves(run)
+    grads = torch.autograd.grad(f(*values).sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*BIMAMBA_BACKEND=torch"):
+        grads[0].square().sum().backward()
+
+
 def test_two_runs_give_the_same_bits(run):
     a = problem(b=2, l=37, h=4, p=16, g=2, n=16, dtype=torch.float32, device=DEVICE, D="h", z=True, seq=True)
     first, second = results(run, a), results(run, a)

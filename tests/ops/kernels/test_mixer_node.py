@@ -11,6 +11,7 @@ import torch
 from problems import relative_error
 
 from bimamba.nn import BiMamba2, Mamba2
+from bimamba.ops.backend import choose_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L = 37
@@ -197,3 +198,47 @@ def test_columns_behind_the_projection_change_nothing():
         assert torch.equal(y, again)
         (own,), (other,) = (torch.autograd.grad(t.square().sum(), p) for t, p in ((y, projected), (again, padded)))
         assert torch.equal(own, other[..., :-4]) and not other[..., -4:].any()
+
+
+@pytest.mark.parametrize("node", [True, False])
+def test_second_derivatives_are_refused(node):
+    """By the node, and by the operators that it is made of: without a word they would be taken for zero."""
+    module = BiMamba2(16, d_state=8, headdim=16).to(DEVICE)
+    u = torch.randn(1, 9, 16, device=DEVICE, requires_grad=True)
+    with contextlib.nullcontext() if node else as_parts():
+        (grad,) = torch.autograd.grad(module(u).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("transform", "served"),
+    [
+        (torch.func.grad, True),
+        (torch.func.vmap, False),
+        (lambda f: torch.func.grad(torch.func.grad(f)), False),
+        (lambda f: lambda x: torch.func.jvp(f, (x,), (x,)), False),
+    ],
+    ids=["grad", "vmap", "second derivative", "jvp"],
+)
+def test_transforms_that_the_kernels_do_not_have(monkeypatch, transform, served):
+    """Taken by the PyTorch path, unless the kernels were demanded."""
+    monkeypatch.setattr("bimamba.ops.backend._said", set())
+    x = torch.tensor([0.5, 1.0] if transform is torch.func.vmap else 0.5)
+
+    def f(t, backend="auto"):
+        meta = mock.Mock(device=torch.device("cuda"))  # where "auto" is the kernels
+        with mock.patch("bimamba.ops.backend.triton_unavailable", lambda _: None):
+            monkeypatch.delenv("BIMAMBA_BACKEND", raising=False)
+            chosen.append(choose_backend(meta, backend, ("auto", "triton", "torch"), lambda: None))
+        return t.sin()
+
+    chosen = []
+    with (
+        contextlib.nullcontext() if served else pytest.warns(UserWarning, match="PyTorch path on cuda: .*torch.func's")
+    ):
+        transform(f)(x)
+    assert chosen[-1] == ("triton" if served else "torch")
+    if not served:
+        with pytest.raises(ValueError, match="'triton' was demanded, but the kernels have first derivatives"):
+            transform(lambda t: f(t, "triton"))(x)

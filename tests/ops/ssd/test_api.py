@@ -128,6 +128,7 @@ BAD = {
         "initial_states (backward): expected shape (b, h, p, n) = (2, 4, 3, 5), got (2, 4, 5, 3)",
     ),
     "chunk_size": (dict(chunk_size=0), "chunk_size: expected a positive int or None, got 0"),
+    "dt_softplus": (dict(dt_softplus=torch.zeros(2)), "dt_softplus: expected True or False, got"),
     "dt_limit": (dict(dt_limit=(0.2, 0.1)), "dt_limit: expected (least, largest)"),
     "backend": (dict(backend="cuda"), "backend: expected one of"),
     "device": (dict(D=torch.ones(H, device="meta")), "D: expected the device of x, cpu, got meta"),
