@@ -41,7 +41,8 @@ class Backbone(nn.Module):
         d_model, depth: width and number of blocks. mixer: makes a block's mixer from `d_model`.
         mlp, mlp_ratio, mlp_reach, layer_scale, dropout, channel_mixer: see `Block`.
         drop_path: rate of stochastic depth of the last block; it rises linearly from zero at the first.
-        checkpoint_blocks: keep only the blocks' inputs for the backward pass and recompute the rest.
+        checkpoint_blocks: keep only the blocks' inputs for the backward pass and recompute the rest, with the
+            parameters that the blocks have then: not for `torch.func.functional_call`.
         scan_order: in which order the first, second, … block (and then from the beginning again) reads an image's
             tokens: `rows` or `columns` (several scans of an image: Liu et al. 2024, "VMamba", arXiv:2401.10166).
         grid: rows and columns of an image's tokens; needed for `columns`.

@@ -16,7 +16,7 @@ from bimamba.nn.powers import DepthwisePowersConv1d
 class DropPath(nn.Module):
     """Stochastic depth: drops the residual branch of samples in training (Huang et al. 2016, arXiv:1603.09382).
 
-    The sequences of a packed row (`seq_idx`) are drawn by themselves.
+    The sequences of a packed row (`seq_idx`, ids from 0 to l - 1) are drawn by themselves.
     """
 
     def __init__(self, rate: float) -> None:

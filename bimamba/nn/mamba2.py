@@ -46,6 +46,11 @@ class Projection(nn.Linear):
         return F.linear(u, F.pad(self.weight, (0, 0, 0, columns)), bias)
 
 
+def _exact(t: Tensor) -> Tensor:
+    """In float32, or better where it is better already."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module may be passed by: it is what was put there (an adapter would be another), and nobody listens."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -230,12 +235,12 @@ class _Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _scan(self, x: Tensor, dt: Tensor, Bs: list[Tensor], Cs: list[Tensor], mask, seq_idx) -> Tensor:
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(_exact(self.A_log))
         options: dict[str, Any] = dict(dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit)
         if mask is not None:
             if self.dt_limit[0] > 0.0:  # a step size of zero at padding lies outside the limit: clamp before masking
                 dt = (
-                    F.softplus(dt.float() + self.dt_bias.float())
+                    F.softplus(_exact(dt) + _exact(self.dt_bias))
                     .clamp(*self.dt_limit)
                     .masked_fill(~mask[..., None], 0.0)
                 )
@@ -275,7 +280,9 @@ class BiMamba2(_Mamba2):
         learnable_init_states: learn the states before the first and after the last token.
         activation: of the convolution. bias: of the projections. conv_bias: of the convolution.
         chunk_size: see `bimamba_chunk_scan_combined`.
-        use_mem_eff_path: keep only the input projection for the backward pass and recompute the rest.
+        use_mem_eff_path: keep only the input projection for the backward pass and recompute the rest. On the PyTorch
+            path by `torch.utils.checkpoint`, which takes the parameters that the module has then: not for
+            `torch.func.functional_call`.
         layer_idx: kept for callers that number their layers; not used.
         tied: False gives each direction B, C, dt and A of its own. shift: Hydra's quasi-separable form.
         A_init_range: `-A` is drawn uniformly from it. norm_before_gate: `RMSNorm(y) SiLU(z)`, else

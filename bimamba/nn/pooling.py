@@ -38,8 +38,9 @@ class MeanPooling(Pooling):
             return pick(_mix(keep, x, keep) / keep.sum(-1, keepdim=True).clamp(min=1), packing)
         if mask is None:
             return x.mean(dim=1)
-        keep = mask[..., None].to(x.dtype)
-        return torch.where(mask[..., None], x, 0.0).sum(dim=1) / keep.sum(dim=1).clamp(min=1.0)
+        # float16 holds neither the sum nor the number of many tokens
+        total = torch.where(mask[..., None], x, 0.0).sum(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 class TokenPooling(Pooling):

@@ -240,3 +240,8 @@ def test_bad_input(make_bad, message):
 def test_spec_survives_a_round_trip():
     for spec in (DNA, IMAGE):
         assert DataSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_mean_of_more_tokens_than_float16_can_count():
+    x, mask = torch.full((1, 70_000, 2), 2.0, dtype=torch.half), torch.ones(1, 70_000, dtype=torch.bool)
+    assert torch.equal(MeanPooling(2)(x, mask), torch.full((1, 2), 2.0, dtype=torch.half))

@@ -169,3 +169,14 @@ def test_gated_norm_is_its_formula(before):
 
     expected = norm(y) * gate if before else norm(y * gate)
     torch.testing.assert_close(rms_norm_gated(y, z, weight, norm_before_gate=before, group_size=3), expected)
+
+
+def test_float64_is_float64_throughout():
+    """A, too, which is at least float32: its gradient by finite differences."""
+    mixer = BiMamba2(8, d_state=4, headdim=8, A_init_range=(1, 16)).double()
+    u = torch.randn(1, 6, 8, dtype=torch.float64)
+
+    def f(A_log):
+        return torch.func.functional_call(mixer, {"A_log": A_log}, u)
+
+    torch.autograd.gradcheck(f, mixer.A_log.detach().clone().requires_grad_())

@@ -105,6 +105,20 @@ def test_other_batch_sizes_and_lengths_do_not_compile_again(make):
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler")
+def test_inductor_trains_at_lengths_that_it_does_not_know():
+    torch.compiler.reset()
+    net, plain = network(), network()
+    compile_network(net, dynamic=True)
+    for l in (40, 53):
+        inputs = padded(2, l)
+        for model in (net, plain):
+            model.zero_grad()
+            model(*inputs).sum().backward()
+        for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def fit(tmp_path, backend="inductor", **options):
     """Losses of five steps through the Trainer."""
     torch.compiler.reset()
