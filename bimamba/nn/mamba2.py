@@ -117,17 +117,18 @@ class _Mamba2(nn.Module):
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
         if learnable_init_states:
             states = torch.zeros(2 if self.bidirectional else 1, self.nheads, headdim, d_state, **factory)
-            self.init_states = undecayed(nn.Parameter(states))
+            self.init_states = nn.Parameter(states)
         else:
             self.register_parameter("init_states", None)
 
         heads = self.directions * self.nheads
         dt = torch.exp(torch.rand(heads, device=device) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
         dt = dt.clamp(min=dt_init_floor)
-        self.dt_bias = undecayed(nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype)))  # softplus inverted
+        self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype))  # softplus inverted
         A = torch.empty(heads, device=device).uniform_(*A_init_range)
-        self.A_log = undecayed(nn.Parameter(torch.log(A).to(dtype)))
-        self.D = undecayed(nn.Parameter(torch.ones(self.nheads, **factory)))
+        self.A_log = nn.Parameter(torch.log(A).to(dtype))
+        self.D = nn.Parameter(torch.ones(self.nheads, **factory))
+        undecayed(self, "init_states", "dt_bias", "A_log", "D")
         self.norm = RMSNormGated(self.d_inner, norm_before_gate=norm_before_gate, **factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
