@@ -298,7 +298,8 @@ class Classifier(HubModel):
                     "model.rc_equivariant: an output a token needs classes that are letters with their complements "
                     f"(A, C, G, T: pretraining), got {list(names)}"
                 )
-            letters = torch.tensor([names.index(PAIRS[name]) for name in names])
+            # On the CPU, as complement is: no state dict has it, so what is made on meta would stay there
+            letters = torch.tensor([names.index(PAIRS[name]) for name in names], device="cpu")
             self.register_buffer("letters", letters, persistent=False)
 
     def _check(self, inputs: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:

@@ -108,6 +108,15 @@ def test_state_dict_names_are_bi_mamba2s():
     make("bimamba2", seed=1).load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:bimamba runs its PyTorch path on meta")
+@pytest.mark.parametrize("name", MIXERS)
+def test_shapes_come_out_on_the_meta_device(name):
+    mixer = make(name).to("meta")
+    mask = torch.ones(1, 5, dtype=torch.bool, device="meta")
+    for given in (None, mask):
+        assert mixer(torch.randn(1, 5, 16, device="meta"), given).shape == (1, 5, 16)
+
+
 def test_decay_free_parameters_are_marked():
     mixer = make("states")
     marked = {n for n, p in mixer.named_parameters() if getattr(p, "_no_weight_decay", False)}
