@@ -86,6 +86,10 @@ class _Mamba2(nn.Module):
     ) -> None:
         super().__init__()
         factory = dict(device=device, dtype=dtype)
+        sizes = dict(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim, ngroups=ngroups)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = expand * d_model
         self.headdim, self.ngroups = headdim, ngroups
@@ -101,6 +105,10 @@ class _Mamba2(nn.Module):
             raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
+        if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1]:
+            raise ValueError(
+                f"A_init_range: expected (least, largest) with 0 < least <= largest, got {tuple(A_init_range)}"
+            )
         self.activation, self.dt_limit = activation, (dt_limit[0], dt_limit[1])
         self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
         self.tied, self.shift = tied, shift
@@ -283,7 +291,7 @@ class BiMamba2(_Mamba2):
             `RMSNorm(y SiLU(z))`.
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown activation.
+        ValueError: sizes below 1 or that do not divide, a range out of order, or an unknown activation.
     """
 
     bidirectional = True

@@ -222,6 +222,11 @@ def test_compiles_without_graph_breaks():
         (lambda: Classifier(IMAGE)(torch.randn(2, 3, 12, 8)), r"inputs: expected \(b, 3, 8, 12\), got \(2, 3, 12, 8\)"),
         (lambda: Classifier(DNA)(torch.ones(2, 3, 4)), r"inputs: expected token ids \(b, l\)"),
         (lambda: Classifier(DNA)(torch.ones(2, 3).long(), torch.ones(2, 4).bool()), "mask: expected"),
+        (
+            lambda: Classifier(DNA)(torch.ones(2, 3).long(), torch.ones(2, 3).long()),
+            "mask: expected .* bool, got .*int64",
+        ),
+        (lambda: Classifier(DNA)(torch.ones(2, 3).long(), torch.ones(2, 3)), "mask: expected .* bool, got .*float32"),
         (lambda: Block(16, MIXER, mlp="relu"), "mlp: expected 'gelu', 'swiglu' or 'channel_mixer', got 'relu'"),
         (lambda: DropPath(1.0), "drop_path: expected a rate in"),
         (lambda: Backbone(16, 0, MIXER), "depth: expected at least 1, got 0"),

@@ -136,12 +136,30 @@ def test_step_sizes_start_in_range():
         (lambda: BiMamba2(32, headdim=16, ngroups=3), "ngroups: expected a divisor of the 4 heads, got 3"),
         (lambda: BiMamba2(64, activation="relu"), "activation: expected one of"),
         (lambda: BiMamba2(64, dt_min=0.2), "dt_min, dt_max"),
+        (lambda: BiMamba2(0), "d_model: expected at least 1, got 0"),
+        (lambda: BiMamba2(64, d_state=0), "d_state: expected at least 1, got 0"),
+        (lambda: BiMamba2(64, d_conv=0), "d_conv: expected at least 1, got 0"),
+        (lambda: BiMamba2(64, expand=0), "expand: expected at least 1, got 0"),
+        (lambda: Mamba2(64, headdim=0), "headdim: expected at least 1, got 0"),
+        (lambda: Mamba2(64, headdim=-64), "headdim: expected at least 1, got -64"),
+        (lambda: BiMamba2(64, ngroups=0), "ngroups: expected at least 1, got 0"),
+        (lambda: BiMamba2(64, A_init_range=(0.0, 1.0)), r"A_init_range: expected .* got \(0.0, 1.0\)"),
+        (lambda: Mamba2(64, A_init_range=[16.0, 1.0]), r"A_init_range: expected .* got \(16.0, 1.0\)"),
+        (lambda: Attention(32, headdim=0), "headdim: expected a divisor of d_model = 32, got 0"),
         (lambda: Attention(30, headdim=8), "headdim: expected a divisor of d_model = 30, got 8"),
         (lambda: make("bimamba2")(torch.randn(2, 5, 8)), "u: expected \\(b, l, d_model\\) with d_model = 16"),
         (lambda: make("bimamba2")(torch.randn(2, 5, 16), torch.ones(2, 4).bool()), "mask: expected shape"),
         (
             lambda: make("bimamba2")(torch.randn(2, 5, 16), torch.ones(2, 5, device="meta").bool()),
             "mask: expected the device of u, cpu, got meta",
+        ),
+        *(
+            (
+                lambda n=n, d=d: make(n)(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=d)),
+                f"mask: expected .* bool, got {d}",
+            )
+            for n in ("bimamba2", "attention")
+            for d in (torch.int64, torch.float32)
         ),
         (lambda: make("bimamba2")(torch.randn(2, 5, 16), None, torch.ones(2, 4).int()), "seq_idx: expected shape"),
         (lambda: depthwise_conv1d(torch.randn(2, 5, 3), torch.randn(4, 3)), "x: expected \\(b, l, d\\) with d = 4"),
