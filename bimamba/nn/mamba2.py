@@ -151,10 +151,12 @@ class _Mamba2(nn.Module):
             `(b, l, d_model)`; rows at padding are not meaningful.
 
         Raises:
-            ValueError: an input whose shape, dtype or device does not fit.
+            ValueError: an input whose shape, dtype or device does not fit, or that has no token.
         """
         if u.dim() != 3 or u.shape[-1] != self.d_model:
             raise ValueError(f"u: expected (b, l, d_model) with d_model = {self.d_model}, got {tuple(u.shape)}")
+        if 0 in u.shape:
+            raise ValueError(f"u: expected (b, l, d_model) with no empty dimension, got {tuple(u.shape)}")
         if mask is not None and mask.shape != u.shape[:2]:
             raise ValueError(f"mask: expected shape (b, l) = {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
         if seq_idx is not None and self.init_states is not None:
@@ -184,7 +186,6 @@ class _Mamba2(nn.Module):
             or not _is_plain(self.norm, RMSNormGated)
             or (recompute and not _is_plain(self.out_proj, nn.Linear))
             or debugging()
-            or not projected.numel()  # an empty batch is for the scan to refuse
             or choose_backend(projected, self.d_state, p=self.headdim) != "triton"
         )
 

@@ -148,6 +148,8 @@ def test_step_sizes_start_in_range():
         (lambda: Attention(32, headdim=0), "headdim: expected a divisor of d_model = 32, got 0"),
         (lambda: Attention(30, headdim=8), "headdim: expected a divisor of d_model = 30, got 8"),
         (lambda: make("bimamba2")(torch.randn(2, 5, 8)), "u: expected \\(b, l, d_model\\) with d_model = 16"),
+        (lambda: make("bimamba2")(torch.randn(0, 5, 16)), r"u: expected .* no empty dimension, got \(0, 5, 16\)"),
+        (lambda: make("causal")(torch.randn(2, 0, 16)), r"u: expected .* no empty dimension, got \(2, 0, 16\)"),
         (lambda: make("bimamba2")(torch.randn(2, 5, 16), torch.ones(2, 4).bool()), "mask: expected shape"),
         (
             lambda: make("bimamba2")(torch.randn(2, 5, 16), torch.ones(2, 5, device="meta").bool()),
