@@ -74,6 +74,10 @@ class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
         load_weights(model, {"state_dict": given.state})
         return model.eval()
 
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any) -> str:
+        """As of `ModelHubMixin`; the card has the repository's name, unless `model_card_kwargs` says another."""
+        return super().push_to_hub(repo_id, model_card_kwargs={"name": repo_id} | (model_card_kwargs or {}), **options)
+
     def generate_model_card(self, **facts: Any) -> ModelCard:
         """The text of README.md; `facts` as of `bimamba.model_card.model_card`."""
         return model_card(self, **facts)

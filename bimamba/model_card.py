@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from huggingface_hub.repocard_data import EvalResult
 
 import bimamba
 from bimamba.spec import DataSpec
+from bimamba.strands import is_dna
 
 if TYPE_CHECKING:
     from bimamba.hub import HubModel
@@ -41,15 +43,18 @@ from bimamba.models import Classifier
 model = Classifier.from_pretrained("{name}")  # config.json and safetensors: no code is run
 spec = model.spec
 images = torch.rand(2, spec.channels, spec.height, spec.width)  # RGB or grey in [0, 1], of this size
+{normalise}logits = model(images)  # (2, {outputs})"""
+NORMALISE = """\
 mean, std = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
-logits = model((images - mean) / std)  # (2, {outputs})"""
+images = (images - mean) / std
+"""
 SEQUENCE_CODE = """\
 from bimamba.data.sequences import token_table
 from bimamba.models import Classifier
 
 model = Classifier.from_pretrained("{name}")  # config.json and safetensors: no code is run
-token = torch.from_numpy(token_table(model.spec.alphabet))  # of a byte; case does not matter, U is T; 0 is padding
-rows = ["ACGTTGCA", "TTGACAN"]
+token = torch.from_numpy(token_table(model.spec.alphabet))  # of a byte; case does not matter{thymine}; 0 is padding
+rows = {rows}
 tokens = [token[list(row.encode())].long() for row in rows]
 inputs = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
 logits = model(inputs, mask=inputs > 0)  # (2, {outputs})"""
@@ -86,7 +91,6 @@ def model_card(
     spec = model.spec
     title = (name or "bimamba classifier").rstrip("/").rpartition("/")[2]
     count = sum(p.numel() for p in model.parameters())
-    code = IMAGE_CODE if spec.kind == "image" else SEQUENCE_CODE
     text = [
         f"# {title}",
         f"A bidirectional Mamba-2 {_what(spec)}, {count:,} parameters, trained with BiMamba {bimamba.__version__}.",
@@ -100,7 +104,7 @@ def model_card(
         *([f"Of {metrics_of}."] if metrics and metrics_of else []),
         _table({k: f"{v:.4f}" for k, v in (metrics or {}).items()}, "None recorded: evaluate before you trust it."),
         "## Use",
-        "```python\nimport torch\n" + code.format(name=name or "FOLDER", outputs=spec.num_outputs) + "\n```",
+        f"```python\nimport torch\n{_code(spec, name or 'FOLDER')}\n```",
         f"Outputs are {_outputs(spec)}. Fine-tune with `python train.py … model.pretrained=FOLDER`, and "
         "`model.freeze=backbone` for a new head on fixed features.",
         *[f"`{file}`: {what}" for file, what in (files or {}).items()],
@@ -111,11 +115,28 @@ def model_card(
         library_name="bimamba",
         license=license,
         pipeline_tag="image-classification" if spec.kind == "image" and spec.problem != "regression" else None,
-        tags=["mamba-2", "state-space-model", "bidirectional", "image" if spec.kind == "image" else "dna"],
+        tags=["mamba-2", "state-space-model", "bidirectional", _tag(spec)],
         model_name=title,
         eval_results=_results(spec, data or {}, metrics or {}),
     )
     return ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n")
+
+
+def _code(spec: DataSpec, name: str) -> str:
+    if spec.kind == "image":
+        known = spec.mean is not None and spec.std is not None
+        return IMAGE_CODE.format(name=name, outputs=spec.num_outputs, normalise=NORMALISE if known else "")
+    letters = spec.letters
+    dna = is_dna(letters)
+    rows = ["ACGTTGCA", "TTGACAN"] if dna else [letters[:8], letters[-7:]]
+    thymine = ", U is T" if dna else ""
+    return SEQUENCE_CODE.format(name=name, outputs=spec.num_outputs, thymine=thymine, rows=json.dumps(rows))
+
+
+def _tag(spec: DataSpec) -> str:
+    if spec.kind == "image":
+        return "image"
+    return "dna" if is_dna(spec.letters) else "sequence"
 
 
 def _what(spec: DataSpec) -> str:

@@ -19,13 +19,17 @@ def undecayed_names(module: nn.Module) -> set[str]:
     """Names of the parameters that weight decay must leave alone.
 
     These have at most one dimension (biases, norm scales, and with them `A_log`, `D` and `dt_bias` of shape `(h)`), or
-    were marked by their layer with `param._no_weight_decay = True` (the same three in other shapes, positions, class
-    tokens). Decay would pull `A_log` and `dt_bias` to 0, which is to say every head towards one and the same memory
-    length, whatever the data want.
+    were marked by their layer (the same three in other shapes, positions, class tokens): by `undecayed` of
+    `bimamba.nn.decay`, or with `param._no_weight_decay = True`, which copies of the parameter do not have. Decay would
+    pull `A_log` and `dt_bias` to 0, which is to say every head towards one and the same memory length, whatever the
+    data want.
 
     Ask before the module is sharded: FSDP shows every parameter as flat.
     """
-    return {n for n, p in module.named_parameters() if p.ndim <= 1 or getattr(p, "_no_weight_decay", False)}
+    kept = {id(getattr(m, name, None)) for m in module.modules() for name in getattr(m, "_undecayed", ())}
+    return {
+        n for n, p in module.named_parameters() if p.ndim <= 1 or id(p) in kept or getattr(p, "_no_weight_decay", False)
+    }
 
 
 def hidden_names(module: nn.Module) -> set[str]:

@@ -25,7 +25,8 @@ def complement_tokens(alphabet: str) -> Tensor:
     """
     if not is_dna(alphabet):
         raise ValueError(f"a reverse complement needs a DNA alphabet ({DNA!r}), got {alphabet!r}")
-    return torch.tensor([0, *(alphabet.index(PAIRS[c]) + 1 for c in alphabet)], dtype=torch.uint8)
+    ids = [0, *(alphabet.index(PAIRS[c]) + 1 for c in alphabet)]
+    return torch.tensor(ids, dtype=torch.uint8, device="cpu")  # values, also where modules are made on meta
 
 
 def complements_for(option: str, spec: DataSpec) -> Tensor:

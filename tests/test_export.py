@@ -20,6 +20,8 @@ QUIET = "extras.print_config=false"
 # Pictures take longer than the training.
 PLAIN = [*DIGITS, *(f"callbacks.{name}=null" for name in ("learning_curves", "examples", "predictions"))]
 SMALL = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACGTN", max_length=12)
+PROTEIN = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACDEFGHIKLMNPQRSTVWYX", max_length=20)
+UNSCALED = DataSpec("image", "binary", ("no", "yes"), channels=3, height=8, width=8)
 
 
 def small():
@@ -91,6 +93,21 @@ def test_the_code_of_a_sequence_models_card_runs(tmp_path, monkeypatch):
     assert scope["tokens"][1].tolist() == [4, 4, 3, 1, 2, 1, 5]
     exec(code.replace('"TTGACAN"', '"uugacan"'), lower_rna)  # read as the data module reads it
     assert torch.equal(scope["logits"], lower_rna["logits"])
+
+
+@pytest.mark.parametrize("spec,tag", [(PROTEIN, "sequence"), (UNSCALED, "image")])
+def test_the_card_tells_of_no_dna_and_no_normalisation_where_there_is_none(spec, tag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = Classifier(spec, d_model=16, depth=1, mixer=partial(BiMamba2, headdim=8))
+    model.save_pretrained("model", model_card_kwargs={"name": "model"})
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert ModelCard.load(tmp_path / "model" / "README.md").data.tags[-1] == tag
+    assert "U is T" not in text and "mean, std" not in text
+    scope = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), scope)
+    assert scope["logits"].shape == (2, 1)
+    if tag == "sequence":
+        assert scope["tokens"][1].tolist() == list(range(15, 22))  # all of them letters that it knows
 
 
 def test_figures_are_those_of_the_same_weights_and_rows(fitted, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from bimamba import optim
 from bimamba.models import Classifier
+from bimamba.nn import BiMamba2, NucleotideEmbedding
 from bimamba.spec import DataSpec
 
 SPEC = DataSpec("sequence", "binary", ("no", "yes"), alphabet="ACGTN", max_length=20)
@@ -47,6 +49,22 @@ def test_marked_parameters_of_any_shape_are_spared_and_frozen_ones_left_out():
     assert free["name"] == "no_decay" and len(free["params"]) == 2
     module.bias.requires_grad_(False)
     assert [p is module.weight for p in optim.parameter_groups(module, 0.1)[0]["params"]] == [True]
+
+
+def test_copies_are_spared_too():
+    mixer = partial(BiMamba2, headdim=8, learnable_init_states=True)
+    embedding = partial(NucleotideEmbedding, positions="learned")
+    options = dict(d_model=16, depth=1, embedding=embedding, mixer=mixer, mlp="channel_mixer")
+    net = Classifier(SPEC, **options)
+    with torch.device("meta"):
+        empty = Classifier(SPEC, **options)
+    given = copy.deepcopy(empty)
+    given.load_state_dict(net.state_dict(), assign=True)
+    names = optim.undecayed_names(net)
+    matrices = {n.rpartition(".")[2] for n, p in net.named_parameters() if n in names and p.ndim > 1}
+    assert matrices == {"table", "offset", "init_states"}
+    for other in (copy.deepcopy(net), empty.to_empty(device="cpu"), given):
+        assert optim.undecayed_names(other) == names
 
 
 def test_flat_parameters_are_grouped_by_the_names_they_had_before_sharding():

@@ -123,11 +123,15 @@ def test_push_to_hub_sends_the_folder(monkeypatch):
 
         def upload_folder(self, folder_path, **options):
             sent.update(options, files=sorted(p.name for p in folder_path.iterdir()))
+            sent["card"] = (folder_path / "README.md").read_text()
             return "address"
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     assert make().push_to_hub("me/mine") == "address"
     assert sent["repo_id"] == "me/mine" and sent["files"] == ["README.md", CONFIG, WEIGHTS]
+    assert "# mine\n" in sent["card"] and 'from_pretrained("me/mine")' in sent["card"]
+    make().push_to_hub("me/mine", model_card_kwargs={"name": "you/yours"}, commit_message="second")
+    assert "# yours\n" in sent["card"] and sent["commit_message"] == "second"
 
 
 # ------------------------------------------------------------------------------------------------- of unknown origin

@@ -247,7 +247,7 @@ class Classifier(HubModel):
             `(b, num_outputs)`; packed: `(n, num_outputs)`.
 
         Raises:
-            ValueError: inputs of another shape than the spec's.
+            ValueError: inputs of another shape than the spec's, or a mask that is not bool.
         """
         x = self.features(inputs, mask, seq_idx, bounds, order)
         if not (self.rc_equivariant and isinstance(self.pooling, TokenPooling)):
@@ -299,7 +299,8 @@ class Classifier(HubModel):
                     "model.rc_equivariant: an output a token needs classes that are letters with their complements "
                     f"(A, C, G, T: pretraining), got {list(names)}"
                 )
-            letters = torch.tensor([names.index(PAIRS[name]) for name in names])
+            # On the CPU, as complement is: no state dict has it, so what is made on meta would stay there
+            letters = torch.tensor([names.index(PAIRS[name]) for name in names], device="cpu")
             self.register_buffer("letters", letters, persistent=False)
 
     def _check(self, inputs: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:
@@ -315,3 +316,5 @@ class Classifier(HubModel):
         for name, value in (("mask", mask), ("seq_idx", seq_idx)):
             if value is not None and tuple(value.shape) != tuple(inputs.shape[:2]):
                 raise ValueError(f"{name}: expected {tuple(inputs.shape[:2])}, got {tuple(value.shape)}")
+        if mask is not None and mask.dtype != torch.bool:  # Hugging Face's tokenizers give int64
+            raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")

@@ -20,14 +20,14 @@ class Attention(nn.Module):
         dropout: of the attention weights, in training. causal: a token sees only those before it.
 
     Raises:
-        ValueError: `headdim` does not divide `d_model`.
+        ValueError: `headdim` does not divide `d_model`; in use a mask that is not bool.
     """
 
     def __init__(
         self, d_model: int, headdim: int = 64, bias: bool = True, dropout: float = 0.0, causal: bool = False
     ) -> None:
         super().__init__()
-        if d_model % headdim:
+        if headdim < 1 or d_model % headdim:
             raise ValueError(f"headdim: expected a divisor of d_model = {d_model}, got {headdim}")
         self.headdim, self.dropout, self.causal = headdim, dropout, causal
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
@@ -35,6 +35,8 @@ class Attention(nn.Module):
 
     def forward(self, u: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """u: `(b, l, d_model)`; mask: `(b, l)` bool, False at padding; seq_idx: `(b, l)`, tokens see their equals."""
+        if mask is not None and mask.dtype != torch.bool:  # SDPA would add floats to the scores
+            raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
         q, k, v = self.in_proj(u).unflatten(-1, (3, -1, self.headdim)).permute(2, 0, 3, 1, 4)
         keep = None
         if mask is not None:

@@ -39,7 +39,8 @@ class ChannelMixer(nn.Module):
                 f"model.channel_mixer.headdim: expected a divisor of expand * group = {expand * group}, got {headdim}"
             )
         self.d_model, self.group = d_model, group
-        self.offset = undecayed(nn.Parameter(torch.empty(d_model // group, group).normal_(std=0.02)))
+        self.offset = nn.Parameter(torch.empty(d_model // group, group).normal_(std=0.02))
+        undecayed(self, "offset")
         self.mixer = BiMamba2(group, d_state, d_conv, expand=expand, headdim=headdim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 
-def undecayed(parameter: nn.Parameter) -> nn.Parameter:
-    """Marks a parameter that weight decay must not touch (`bimamba.optim` reads the mark)."""
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]  # torch lets parameters carry attributes
-    return parameter
+def undecayed(module: nn.Module, *names: str) -> None:
+    """Marks parameters of a module that weight decay must not touch (`bimamba.optim` reads the marks).
+
+    The module keeps their names: copies of a parameter (`copy.deepcopy`, `to_empty`, loading with `assign=True`) lose
+    its attributes. They have one all the same, Mamba's, for other optimizers.
+    """
+    module._undecayed = frozenset(names)  # type: ignore[assignment]  # nn.Module declares tensors and modules alone
+    for name in names:
+        if (parameter := getattr(module, name)) is not None:
+            parameter._no_weight_decay = True

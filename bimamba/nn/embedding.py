@@ -32,7 +32,8 @@ class Positions(nn.Module):
             raise ValueError(f"positions: expected one of {POSITIONS}, got {kind!r}")
         self.kind, self.d_model, self.max_length = kind, d_model, max_length
         if kind == "learned":
-            self.table = undecayed(nn.Parameter(torch.empty(max_length, d_model).normal_(std=0.02)))
+            self.table = nn.Parameter(torch.empty(max_length, d_model).normal_(std=0.02))
+            undecayed(self, "table")
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         if self.kind == "none":

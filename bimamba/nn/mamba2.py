@@ -91,6 +91,10 @@ class _Mamba2(nn.Module):
     ) -> None:
         super().__init__()
         factory = dict(device=device, dtype=dtype)
+        sizes = dict(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, headdim=headdim, ngroups=ngroups)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = expand * d_model
         self.headdim, self.ngroups = headdim, ngroups
@@ -106,6 +110,10 @@ class _Mamba2(nn.Module):
             raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
+        if len(A_init_range) != 2 or not 0 < A_init_range[0] <= A_init_range[1]:
+            raise ValueError(
+                f"A_init_range: expected (least, largest) with 0 < least <= largest, got {tuple(A_init_range)}"
+            )
         self.activation, self.dt_limit = activation, (dt_limit[0], dt_limit[1])
         self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
         self.tied, self.shift = tied, shift
@@ -122,17 +130,18 @@ class _Mamba2(nn.Module):
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
         if learnable_init_states:
             states = torch.zeros(2 if self.bidirectional else 1, self.nheads, headdim, d_state, **factory)
-            self.init_states = undecayed(nn.Parameter(states))
+            self.init_states = nn.Parameter(states)
         else:
             self.register_parameter("init_states", None)
 
         heads = self.directions * self.nheads
         dt = torch.exp(torch.rand(heads, device=device) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
         dt = dt.clamp(min=dt_init_floor)
-        self.dt_bias = undecayed(nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype)))  # softplus inverted
+        self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype))  # softplus inverted
         A = torch.empty(heads, device=device).uniform_(*A_init_range)
-        self.A_log = undecayed(nn.Parameter(torch.log(A).to(dtype)))
-        self.D = undecayed(nn.Parameter(torch.ones(self.nheads, **factory)))
+        self.A_log = nn.Parameter(torch.log(A).to(dtype))
+        self.D = nn.Parameter(torch.ones(self.nheads, **factory))
+        undecayed(self, "init_states", "dt_bias", "A_log", "D")
         self.norm = RMSNormGated(self.d_inner, norm_before_gate=norm_before_gate, **factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
@@ -147,10 +156,12 @@ class _Mamba2(nn.Module):
             `(b, l, d_model)`; rows at padding are not meaningful.
 
         Raises:
-            ValueError: an input whose shape, dtype or device does not fit.
+            ValueError: an input whose shape, dtype or device does not fit, or that has no token.
         """
         if u.dim() != 3 or u.shape[-1] != self.d_model:
             raise ValueError(f"u: expected (b, l, d_model) with d_model = {self.d_model}, got {tuple(u.shape)}")
+        if 0 in u.shape:
+            raise ValueError(f"u: expected (b, l, d_model) with no empty dimension, got {tuple(u.shape)}")
         if mask is not None and mask.shape != u.shape[:2]:
             raise ValueError(f"mask: expected shape (b, l) = {tuple(u.shape[:2])}, got {tuple(mask.shape)}")
         if seq_idx is not None and self.init_states is not None:
@@ -180,7 +191,6 @@ class _Mamba2(nn.Module):
             or not _is_plain(self.norm, RMSNormGated)
             or (recompute and not _is_plain(self.out_proj, nn.Linear))
             or debugging()
-            or not projected.numel()  # an empty batch is for the scan to refuse
             or choose_backend(projected, self.d_state, p=self.headdim) != "triton"
         )
 
@@ -289,7 +299,7 @@ class BiMamba2(_Mamba2):
             `RMSNorm(y SiLU(z))`.
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown activation.
+        ValueError: sizes below 1 or that do not divide, a range out of order, or an unknown activation.
     """
 
     bidirectional = True

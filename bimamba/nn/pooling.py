@@ -90,7 +90,8 @@ class ClassTokenPooling(Pooling):
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model)
-        self.token = undecayed(nn.Parameter(torch.empty(d_model).normal_(std=0.02)))
+        self.token = nn.Parameter(torch.empty(d_model).normal_(std=0.02))
+        undecayed(self, "token")
 
     def insert(
         self, x: Tensor, mask: Tensor | None, packing: Packing | None = None

@@ -29,6 +29,12 @@ def expect_device(name: str, x: Tensor, /, **others: Tensor | None) -> None:
             raise ValueError(f"{other}: expected the device of {name}, {x.device}, got {t.device}")
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; torch refuses the question for some, such as meta."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def choose_backend(x: Tensor, backend: str, backends: tuple[str, ...], refusal: Callable[[], str | None]) -> str:
     """One of `backends`, which hold "auto", "triton" and "torch".
 
@@ -63,7 +69,7 @@ def triton_unavailable(x: Tensor) -> str | None:
         from .launch import INTERPRETED
     except ImportError as error:
         return f"Triton 3.6 or newer cannot be imported ({error})"
-    if INTERPRETED:
+    if INTERPRETED and not x.is_meta:
         return None
     if x.device.type != "cuda":
         return f"Triton kernels run on CUDA and ROCm devices (or with TRITON_INTERPRET=1 on the CPU), not on {x.device}"

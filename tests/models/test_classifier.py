@@ -32,6 +32,16 @@ MIXER = partial(BiMamba2, headdim=8, d_state=4)
 POOLINGS = [MeanPooling, MaxPooling, AttentionPooling, ClassTokenPooling]
 
 
+class Deaf(nn.Linear):
+    """A mixer that asks nothing of its mask."""
+
+    def __init__(self, d_model):
+        super().__init__(d_model, d_model)
+
+    def forward(self, u, mask=None, seq_idx=None):
+        return super().forward(u)
+
+
 def composed(*overrides):
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         return instantiate(compose(overrides=list(overrides)).model)
@@ -222,6 +232,14 @@ def test_compiles_without_graph_breaks():
         (lambda: Classifier(IMAGE)(torch.randn(2, 3, 12, 8)), r"inputs: expected \(b, 3, 8, 12\), got \(2, 3, 12, 8\)"),
         (lambda: Classifier(DNA)(torch.ones(2, 3, 4)), r"inputs: expected token ids \(b, l\)"),
         (lambda: Classifier(DNA)(torch.ones(2, 3).long(), torch.ones(2, 4).bool()), "mask: expected"),
+        (
+            lambda: Classifier(DNA, mixer=Deaf)(torch.ones(2, 3).long(), torch.ones(2, 3).long()),
+            "mask: expected .* bool, got .*int64",
+        ),
+        (
+            lambda: Classifier(DNA, mixer=Deaf)(torch.ones(2, 3).long(), torch.ones(2, 3)),
+            "mask: expected .* bool, got .*float32",
+        ),
         (lambda: Block(16, MIXER, mlp="relu"), "mlp: expected 'gelu', 'swiglu' or 'channel_mixer', got 'relu'"),
         (lambda: DropPath(1.0), "drop_path: expected a rate in"),
         (lambda: Backbone(16, 0, MIXER), "depth: expected at least 1, got 0"),

@@ -28,6 +28,18 @@ def turned_row(tokens):
     return COMPLEMENT[tokens.flip(0)]
 
 
+@pytest.mark.parametrize("spec,pooling", [(DNA, "mean"), (LETTERS, "token")])
+def test_made_on_meta_it_takes_the_weights_of_another(spec, pooling):
+    options = dict(d_model=16, depth=1, mixer=MIXERS["bimamba2"], pooling=POOLINGS.get(pooling, TokenPooling))
+    model = Classifier(spec, rc_equivariant=True, **options).eval()
+    with torch.device("meta"):
+        again = Classifier(spec, rc_equivariant=True, **options).eval()
+    again.load_state_dict(model.state_dict(), assign=True)
+    tokens = sequences()[0][None]
+    assert torch.equal(again(tokens), model(tokens))
+    assert all(b.is_meta for b in again.to("meta").buffers())
+
+
 def test_the_other_strand_of_packed_rows():
     tokens, mask, *rest = packed(sequences())
     packing = Packing(*rest)

@@ -108,6 +108,15 @@ def test_state_dict_names_are_bi_mamba2s():
     make("bimamba2", seed=1).load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:bimamba runs its PyTorch path on meta")
+@pytest.mark.parametrize("name", MIXERS)
+def test_shapes_come_out_on_the_meta_device(name):
+    mixer = make(name).to("meta")
+    mask = torch.ones(1, 5, dtype=torch.bool, device="meta")
+    for given in (None, mask):
+        assert mixer(torch.randn(1, 5, 16, device="meta"), given).shape == (1, 5, 16)
+
+
 def test_decay_free_parameters_are_marked():
     mixer = make("states")
     marked = {n for n, p in mixer.named_parameters() if getattr(p, "_no_weight_decay", False)}
@@ -127,12 +136,32 @@ def test_step_sizes_start_in_range():
         (lambda: BiMamba2(32, headdim=16, ngroups=3), "ngroups: expected a divisor of the 4 heads, got 3"),
         (lambda: BiMamba2(64, activation="relu"), "activation: expected one of"),
         (lambda: BiMamba2(64, dt_min=0.2), "dt_min, dt_max"),
+        (lambda: BiMamba2(0), "d_model: expected at least 1, got 0"),
+        (lambda: BiMamba2(64, d_state=0), "d_state: expected at least 1, got 0"),
+        (lambda: BiMamba2(64, d_conv=0), "d_conv: expected at least 1, got 0"),
+        (lambda: BiMamba2(64, expand=0), "expand: expected at least 1, got 0"),
+        (lambda: Mamba2(64, headdim=0), "headdim: expected at least 1, got 0"),
+        (lambda: Mamba2(64, headdim=-64), "headdim: expected at least 1, got -64"),
+        (lambda: BiMamba2(64, ngroups=0), "ngroups: expected at least 1, got 0"),
+        (lambda: BiMamba2(64, A_init_range=(0.0, 1.0)), r"A_init_range: expected .* got \(0.0, 1.0\)"),
+        (lambda: Mamba2(64, A_init_range=[16.0, 1.0]), r"A_init_range: expected .* got \(16.0, 1.0\)"),
+        (lambda: Attention(32, headdim=0), "headdim: expected a divisor of d_model = 32, got 0"),
         (lambda: Attention(30, headdim=8), "headdim: expected a divisor of d_model = 30, got 8"),
         (lambda: make("bimamba2")(torch.randn(2, 5, 8)), "u: expected \\(b, l, d_model\\) with d_model = 16"),
+        (lambda: make("bimamba2")(torch.randn(0, 5, 16)), r"u: expected .* no empty dimension, got \(0, 5, 16\)"),
+        (lambda: make("causal")(torch.randn(2, 0, 16)), r"u: expected .* no empty dimension, got \(2, 0, 16\)"),
         (lambda: make("bimamba2")(torch.randn(2, 5, 16), torch.ones(2, 4).bool()), "mask: expected shape"),
         (
             lambda: make("bimamba2")(torch.randn(2, 5, 16), torch.ones(2, 5, device="meta").bool()),
             "mask: expected the device of u, cpu, got meta",
+        ),
+        *(
+            (
+                lambda n=n, d=d: make(n)(torch.randn(2, 5, 16), torch.ones(2, 5, dtype=d)),
+                f"mask: expected .* bool, got {d}",
+            )
+            for n in ("bimamba2", "attention")
+            for d in (torch.int64, torch.float32)
         ),
         (lambda: make("bimamba2")(torch.randn(2, 5, 16), None, torch.ones(2, 4).int()), "seq_idx: expected shape"),
         (lambda: depthwise_conv1d(torch.randn(2, 5, 3), torch.randn(4, 3)), "x: expected \\(b, l, d\\) with d = 4"),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import autocasts, expect_device
 from ..backend import choose_backend as backend_rule
-from ..backend import expect_device
 from .chunked import best_chunk, ssd_chunked
 from .reference import Direction, ssd_reference
 
@@ -169,7 +169,7 @@ def _scan(
     **options,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     _validate(x, forward, backward, chunk_size, **options)
-    if torch.is_autocast_enabled(x.device.type):  # the scan keeps its inputs' dtypes: decays and states are float32
+    if autocasts(x):  # the scan keeps its inputs' dtypes: decays and states are float32
         forward, backward, z = _cast(x.dtype, forward, backward, options["z"])
         options["z"] = z
     backend = choose_backend(x, forward.B.shape[-1], backend)
@@ -289,7 +289,7 @@ def _validate(
     if x.dtype not in FLOATS:
         raise ValueError(f"x: expected a float dtype, got {x.dtype}")
     b, l, h, p = x.shape
-    same = FLOATS if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+    same = FLOATS if autocasts(x) else (x.dtype,)
     g = n = 0
     for direction, which in ((forward, "forward "), (backward, "backward ")):
         if direction is None or (direction is forward and which == "backward "):
