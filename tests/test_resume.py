@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback
 from runs import DIGITS, load, run, train
 
 from bimamba.atomic import AtomicCheckpointIO
-from bimamba.callbacks import interrupt
+from bimamba.callbacks import Checkpoints, interrupt
 
 # 9 batches an epoch, with everything that draws random numbers.
 OPTIONS = [*DIGITS, "data.batch_size=160", "test=false", "trainer.max_epochs=2", "data.augment.random_erasing=0.5"]
@@ -233,6 +234,29 @@ def test_metrics_of_the_validation_are_all_of_the_best_epoch(tmp_path):
     check()
     run(tmp_path, f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", "trainer.max_epochs=4")
     check()
+
+
+def test_a_moved_run_knows_its_best(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    options = [*DIGITS, "trainer.max_epochs=1", "callbacks.learning_curves=null", "callbacks.examples=null"]
+    metrics = run(old, *options, "callbacks.predictions=null")
+    old.rename(new)
+    path = new / "checkpoints" / "last.ckpt"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The dirpath has changed")
+        assert run(new, f"ckpt_path={path}") == pytest.approx(metrics)  # nothing is left to train; its best is tested
+    (state,) = (v for k, v in load(path)["callbacks"].items() if "Checkpoints" in k)
+    assert state["dirpath"] == str(old / "checkpoints")
+    callback = Checkpoints(dirpath=new / "checkpoints", filename="best", monitor="val/loss", save_last=True)
+    callback.load_state_dict(state)
+    best = str(new / "checkpoints" / "best.ckpt")
+    assert callback.best_model_path == callback.kth_best_model_path == best and callback.last_model_path == str(path)
+    assert callback.best_k_models == {best: callback.best_model_score} and callback.best_metrics
+    # a state that came without its files
+    callback = Checkpoints(dirpath=tmp_path / "other", filename="best", monitor="val/loss", save_last=True)
+    callback.load_state_dict(state)
+    assert callback.best_model_score is None and not callback.best_k_models and not callback.best_metrics
+    assert callback.best_model_path == callback.kth_best_model_path == callback.last_model_path == ""
 
 
 def test_two_runs_in_one_folder_are_one_clear_error(tmp_path):
