@@ -367,8 +367,12 @@ def test_debug_overfit_learns_its_batches(tmp_path):
 def test_early_stopping_stops(tmp_path):
     options = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "trainer.max_epochs=20"]
     options += ["task.optimizer.lr=0.0", "test=false", "model/embedding=patches", "data.batch_size=512"]
+    options += ["callbacks.learning_curves=null", "callbacks.examples=null", "trainer.limit_train_batches=1"]
     run(tmp_path, *TINY, *options)
-    assert load(tmp_path / "checkpoints" / "last.ckpt")["epoch"] <= 2
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert load(last)["epoch"] == 1
+    run(tmp_path, f"ckpt_path={last}", "callbacks.early_stopping.patience=3")  # two validations more
+    assert load(last)["epoch"] == 3
 
 
 def test_softened_arguments():

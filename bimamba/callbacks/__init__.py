@@ -2,6 +2,7 @@
 
 from .average import AverageWeights
 from .checkpoints import Checkpoints
+from .early_stopping import EarlyStopping
 from .exact_resume import ExactResume
 from .examples import ExamplePredictions
 from .finders import FindBatchSize, FindLearningRate
@@ -17,6 +18,7 @@ from .throughput import Throughput
 __all__ = [
     "AverageWeights",
     "Checkpoints",
+    "EarlyStopping",
     "ExactResume",
     "ExamplePredictions",
     "FindBatchSize",
