@@ -161,6 +161,27 @@ def test_resuming_with_another_rate_is_refused_for_it_would_do_nothing(fitted, t
         assert with_checkpoint(given, checkpoint, typed).task.optimizer.lr == 0.01
 
 
+def test_resuming_with_another_schedule_is_refused_for_it_would_do_nothing(fitted, tmp_path):
+    def resumed(checkpoint, *typed):
+        typed = train.soften([last(fitted), *typed])
+        given = composed(tmp_path, *typed)
+        with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return with_checkpoint(given, checkpoint, typed)
+
+    checkpoint = read_checkpoint(fitted[0] / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"task\.scheduler\._target_=bimamba\.optim\.plateau: .*optim\.cosine\)"):
+        resumed(checkpoint, "task.scheduler._target_=bimamba.optim.plateau")
+    assert resumed(checkpoint, "task.scheduler.final_ratio=0.1").task.scheduler.final_ratio == 0.1  # of the step alone
+    cfg = composed(tmp_path, *DIGITS, "task=plateau", "monitor=val/mcc", "task.scheduler.monitor=val/loss")
+    train.config.settle_modes(cfg)
+    checkpoint |= {"recipe": train.config.recipe(cfg)}
+    for typed in ("task.scheduler.patience=2", "task.scheduler.monitor=val/mcc"):
+        with pytest.raises(ValueError, match=rf"{typed}: a resumed training goes on with its schedule"):
+            resumed(checkpoint, typed)
+    # the whole command once more, by a scheduler
+    resumed(checkpoint, "monitor=val/mcc", "task.scheduler.monitor=val/loss")
+
+
 def test_where_runs_write(fitted, tmp_path):
     _output_dir = train.config._output_dir
     folder, checkpoint = fitted[0], str(fitted[0] / "checkpoints" / "best.ckpt")
