@@ -14,6 +14,8 @@ from runs import DIGITS, load, run, train
 
 from bimamba.atomic import AtomicCheckpointIO
 from bimamba.callbacks import Checkpoints, interrupt
+from bimamba.collect import find_runs
+from bimamba.export import find_metrics
 
 # 9 batches an epoch, with everything that draws random numbers.
 OPTIONS = [*DIGITS, "data.batch_size=160", "test=false", "trainer.max_epochs=2", "data.augment.random_erasing=0.5"]
@@ -257,6 +259,26 @@ def test_a_moved_run_knows_its_best(tmp_path):
     callback.load_state_dict(state)
     assert callback.best_model_score is None and not callback.best_k_models and not callback.best_metrics
     assert callback.best_model_path == callback.kth_best_model_path == callback.last_model_path == ""
+
+
+def test_a_resumed_training_that_is_killed_has_no_figures(tmp_path, monkeypatch):
+    """Those of its first part are not of the `best.ckpt` that it has overwritten."""
+    options = [*DIGITS, "callbacks.learning_curves=null", "callbacks.examples=null", "trainer.max_epochs=1"]
+    run(tmp_path, *options)
+    names = ("metrics.json", "predictions.parquet", "plots/confusion_matrix_test.png")
+    done = [(tmp_path / name).read_bytes() for name in names]
+    go_on = f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(RuntimeError, match="crash"):
+        trained(tmp_path, Losses(crash_after=8), go_on, "trainer.max_epochs=2", monkeypatch=monkeypatch)
+    assert not any((tmp_path / name).exists() for name in names)
+    found, _ = find_metrics(tmp_path / "checkpoints" / "best.ckpt", {})
+    assert not found
+    with pytest.raises(ValueError, match="1 not finished"):
+        find_runs([tmp_path])
+    aside = [next(tmp_path.glob("_2*.".join(name.split(".")))) for name in names]
+    assert [path.read_bytes() for path in aside] == done
+    run(tmp_path, go_on, "trainer.max_epochs=2")
+    assert all((tmp_path / name).exists() for name in names)
 
 
 def test_two_runs_in_one_folder_are_one_clear_error(tmp_path):

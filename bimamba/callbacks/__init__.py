@@ -13,6 +13,7 @@ from .learning_curves import LearningCurves
 from .model_size import ModelSize, NetworkSummary
 from .progress import ProgressBar
 from .save_predictions import SavePredictions
+from .set_aside import SetAside
 from .throughput import Throughput
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ProgressBar",
     "SaveOnInterrupt",
     "SavePredictions",
+    "SetAside",
     "StopOnInterrupt",
     "Throughput",
 ]
