@@ -24,7 +24,7 @@ from torch.distributed import TCPStore
 
 from bimamba.checkpoint import has_resolver
 from bimamba.collect import flatten
-from bimamba.runs import find_checkpoint
+from bimamba.runs import find_checkpoint, quoted
 from bimamba.tasks.metrics import LARGE_IS_BETTER, SMALL_IS_BETTER, mode_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -483,4 +483,5 @@ def show_results(metrics: Mapping[str, float], output_dir: Path, stage: str) -> 
     best = output_dir / "checkpoints" / "best.ckpt"
     console.print(f"Results in {output_dir}", highlight=False, soft_wrap=True)
     if stage == "fit" and best.exists():
-        console.print(f"Evaluate with: python train.py stage=test ckpt_path={best}", highlight=False, soft_wrap=True)
+        command = f"python train.py stage=test ckpt_path={quoted(best)}"
+        console.print(f"Evaluate with: {command}", highlight=False, soft_wrap=True, markup=False)

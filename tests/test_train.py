@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -191,6 +192,16 @@ def test_where_runs_write(fitted, tmp_path):
     alone = str(tmp_path / "downloaded.ckpt")
     assert _output_dir("test", alone, "logs", "digits", "now") == "logs/test/runs/now"
     assert _output_dir("fit", alone, "logs", "digits", "now") == "logs/digits/runs/now"
+
+
+def test_commands_that_are_shown_can_be_typed(tmp_path, capsys):
+    best = tmp_path / "my run" / "checkpoints" / "best.ckpt"
+    best.parent.mkdir(parents=True)
+    best.touch()
+    train.config.show_results({}, tmp_path / "my run", "fit")
+    *_, typed = shlex.split(capsys.readouterr().out)
+    given = composed(tmp_path, typed)
+    assert given.ckpt_path == str(best)
 
 
 def test_fast_dev_run_leaves_no_checkpoint(tmp_path):
