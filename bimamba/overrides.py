@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from bimamba.checkpoint import check_paths, check_targets, did_you_mean
@@ -76,6 +77,7 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
     if cfg.stage == "fit":
         _refuse_another_optimizer(given, merged)
         _refuse_another_schedule(OmegaConf.create(dict(given)), merged)
+        _warn_of_other_batches(checkpoint, merged)
     OmegaConf.set_struct(merged, True)
     return merged
 
@@ -118,6 +120,20 @@ def _of_schedule(cfg: DictConfig) -> dict[str, Any]:
     if options.get("_target_") in OF_THE_STEP:
         return {"_target_": options["_target_"]}
     return {key: value for key, value in options.items() if key != "mode"}  # follows from the metric
+
+
+def _warn_of_other_batches(checkpoint: Mapping[str, Any], merged: DictConfig) -> None:
+    """An epoch goes on behind as many batches as were done; others hold other rows."""
+    sides = OmegaConf.create(dict(checkpoint["recipe"])), merged
+    then, now = (OmegaConf.select(cfg, "data.batch_size") for cfg in sides)
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    done = 0 if progress.get("is_last_batch") else progress.get("current", {}).get("completed", 0)
+    if done and then != now and isinstance(then, int) and isinstance(now, int | float):
+        rank_zero_warn(
+            f"data.batch_size={now}: the checkpoint was saved in mid-epoch, after {done} batches of {then} rows. This "
+            f"epoch goes on behind {done} batches of {now}, so that it "
+            f"{'leaves rows out' if now > then else 'has rows twice'}; the next ones are whole"
+        )
 
 
 def _is_group(override: Override) -> bool:

@@ -183,6 +183,19 @@ def test_resuming_with_another_schedule_is_refused_for_it_would_do_nothing(fitte
     resumed(checkpoint, "monitor=val/mcc", "task.scheduler.monitor=val/loss")
 
 
+def test_other_batches_in_mid_epoch_are_told(fitted, tmp_path):
+    checkpoint, typed = read_checkpoint(fitted[0] / "checkpoints" / "last.ckpt"), [last(fitted), "++data.batch_size=64"]
+    given = composed(tmp_path, *typed)
+    with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with_checkpoint(given, checkpoint, typed)  # at an epoch's end all rows are done
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress |= {"is_last_batch": False, "current": {"completed": 3}}
+        with pytest.warns(UserWarning, match=r"data\.batch_size=64: .* after 3 batches of 256 rows.* has rows twice"):
+            with_checkpoint(given, checkpoint, typed)
+
+
 def test_where_runs_write(fitted, tmp_path):
     _output_dir = train.config._output_dir
     folder, checkpoint = fitted[0], str(fitted[0] / "checkpoints" / "best.ckpt")
