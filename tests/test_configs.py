@@ -164,6 +164,21 @@ def test_words_are_words_where_words_are_meant(tmp_path, text):
     config.check_switches(composed(tmp_path, "experiment=sequences_csv", "data.path=x.csv", text))
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("task.optimizer.lr=abc", "a number, got 'abc'"),
+        ("trainer.max_epochs=ten", "a number, got 'ten'"),
+        ("data.batch_size=2.5", "a whole number, got 2.5"),
+    ],
+)
+def test_numbers_are_numbers(tmp_path, option, expected):
+    key, _, _ = option.partition("=")
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}: expected {expected}"):
+        config.check_switches(composed(tmp_path, option))
+    config.check_switches(composed(tmp_path, f"{key}=1"))
+
+
 @pytest.mark.parametrize("part", ["callbacks.model_checkpoint", "data", "model.mixer"])
 def test_a_class_that_is_not_there_is_named(tmp_path, part):
     cfg = composed(tmp_path, f"{part}._target_=bimamba.Nope")
