@@ -23,7 +23,7 @@ from torch.distributed import get_world_size, is_initialized  # by name: cloudpi
 
 from bimamba import config
 from bimamba.allocator import keep_freed_memory
-from bimamba.callbacks import SaveOnInterrupt, StopOnInterrupt
+from bimamba.callbacks import SaveOnInterrupt, SetAside, StopOnInterrupt
 from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
 from bimamba.data.fingerprint import compare
 from bimamba.export import export
@@ -105,7 +105,10 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
     saved["splits"] = datamodule.fingerprint
     task: Any = make_task(cfg, spec, saved, checkpoint)
-    trainer: Trainer = instantiate(cfg.trainer, callbacks=make_callbacks(cfg), logger=make_loggers(cfg))
+    callbacks = make_callbacks(cfg)
+    if checkpoint and cfg.stage == "fit":
+        callbacks.append(SetAside(cfg.paths.output_dir, cfg.paths.plot_dir))
+    trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=make_loggers(cfg))
     if is_initialized() and (started := get_world_size()) != trainer.world_size:
         raise ValueError(
             f"a sweep whose group has {started} processes by now: expected as many in each job that follows, got "

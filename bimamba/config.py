@@ -24,7 +24,7 @@ from torch.distributed import TCPStore
 
 from bimamba.checkpoint import has_resolver
 from bimamba.collect import flatten
-from bimamba.runs import find_checkpoint
+from bimamba.runs import find_checkpoint, quoted
 from bimamba.tasks.metrics import LARGE_IS_BETTER, SMALL_IS_BETTER, mode_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -217,9 +217,10 @@ def check_switches(cfg: DictConfig) -> None:
 
     Any text is refused where the part that takes an option declares it as a switch; these words wherever it does not
     say that it takes text: among its `**options`, in a table of settings, beside named choices (`bool | Literal["x"]`).
+    Text is refused too where a part declares numbers alone, and a fraction where these are whole.
 
     Raises:
-        ValueError: a switch that is neither true nor false.
+        ValueError: a switch that is neither true nor false, or no number where one is meant.
     """
     defaults: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)
     for key in (key for key, value in flatten(defaults).items() if isinstance(value, bool)):
@@ -230,6 +231,7 @@ def check_switches(cfg: DictConfig) -> None:
             kinds = _kinds_of_arguments(_target(part, path)) if part.get("_target_") is not None else {}
             for key in _own(part):
                 _expect_switch(f"{path}.{key}", part[key], kinds.get(key, {"bool", "unknown"}))
+                _expect_number(f"{path}.{key}", part[key], kinds.get(key, set()))
 
 
 def _expect_switch(key: str, value: Any, kinds: set[str]) -> None:
@@ -238,6 +240,16 @@ def _expect_switch(key: str, value: Any, kinds: set[str]) -> None:
     choices = kinds - {"bool", "None", "NoneType"}
     if not choices or (value.lower() in WORDS and not any(repr(value) in c.replace('"', "'") for c in choices)):
         raise ValueError(f"{key}: expected true or false, got {value!r}")
+
+
+def _expect_number(key: str, value: Any, kinds: set[str]) -> None:
+    numbers = kinds - {"None", "NoneType", "Tensor"}  # a rate may be a tensor; no configuration holds one
+    if not numbers or numbers - {"int", "float"}:
+        return
+    if isinstance(value, str):
+        raise ValueError(f"{key}: expected a number, got {value!r}")
+    if numbers == {"int"} and isinstance(value, float) and value % 1:
+        raise ValueError(f"{key}: expected a whole number, got {value}")
 
 
 def _kinds_of_arguments(target: Any) -> dict[str, set[str]]:
@@ -483,4 +495,5 @@ def show_results(metrics: Mapping[str, float], output_dir: Path, stage: str) -> 
     best = output_dir / "checkpoints" / "best.ckpt"
     console.print(f"Results in {output_dir}", highlight=False, soft_wrap=True)
     if stage == "fit" and best.exists():
-        console.print(f"Evaluate with: python train.py stage=test ckpt_path={best}", highlight=False, soft_wrap=True)
+        command = f"python train.py stage=test ckpt_path={quoted(best)}"
+        console.print(f"Evaluate with: {command}", highlight=False, soft_wrap=True, markup=False)

@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from bimamba.checkpoint import check_paths, check_targets, did_you_mean
@@ -21,6 +22,8 @@ EVALUATED = ("data", "model", "task", "trainer", "task_name", "tags", "seed", "m
 PLACEMENT = ("accelerator", "strategy", "devices", "num_nodes", "default_root_dir")
 # What a resumed training does not take from its checkpoint.
 OWN = ("paths", "extras", "stage", "ckpt_path", "explain", "export")
+# Schedules whose saved state is the number of steps: their options may change.
+OF_THE_STEP = ("bimamba.optim.cosine", "bimamba.optim.linear", "bimamba.optim.constant")
 # Groups whose files are overrides of everything: they make a recipe, and a checkpoint has one already.
 RECIPES = ("experiment", "ablation", "debug", "hparams_search")
 
@@ -73,6 +76,8 @@ def with_checkpoint(cfg: DictConfig, checkpoint: Mapping[str, Any], overrides: S
         merged.monitor_mode = None  # the old metric's
     if cfg.stage == "fit":
         _refuse_another_optimizer(given, merged)
+        _refuse_another_schedule(OmegaConf.create(dict(given)), merged)
+        _warn_of_other_batches(checkpoint, merged)
     OmegaConf.set_struct(merged, True)
     return merged
 
@@ -93,6 +98,42 @@ def _of_optimizer(task: Mapping[str, Any]) -> dict[str, Any]:
     """What of a task's options is in the optimizer's saved state."""
     options = {f"optimizer.{key}": value for key, value in (task.get("optimizer") or {}).items()}
     return options | {key: task.get(key) for key in ("layer_decay", "lr_scale")}
+
+
+def _refuse_another_schedule(given: DictConfig, merged: DictConfig) -> None:
+    """Nor may another kind of schedule take the state of this one; and the state of those that are not functions of the
+    step holds their options: others would do nothing."""
+    before, now = _of_schedule(given), _of_schedule(merged)
+    for key in sorted(before | now, key=lambda key: key != "_target_"):  # the kind first
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"task.scheduler.{key}={now.get(key)}: a resumed training goes on with its schedule as it was saved "
+                f"({key}={before.get(key)}); for another one begin a new training from the weights, by "
+                "model.pretrained=CHECKPOINT"
+            )
+
+
+def _of_schedule(cfg: DictConfig) -> dict[str, Any]:
+    """The schedule's kind, and what of its options is in its saved state."""
+    node = OmegaConf.select(cfg, "task.scheduler")
+    options: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else {}
+    if options.get("_target_") in OF_THE_STEP:
+        return {"_target_": options["_target_"]}
+    return {key: value for key, value in options.items() if key != "mode"}  # follows from the metric
+
+
+def _warn_of_other_batches(checkpoint: Mapping[str, Any], merged: DictConfig) -> None:
+    """An epoch goes on behind as many batches as were done; others hold other rows."""
+    sides = OmegaConf.create(dict(checkpoint["recipe"])), merged
+    then, now = (OmegaConf.select(cfg, "data.batch_size") for cfg in sides)
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    done = 0 if progress.get("is_last_batch") else progress.get("current", {}).get("completed", 0)
+    if done and then != now and isinstance(then, int) and isinstance(now, int | float):
+        rank_zero_warn(
+            f"data.batch_size={now}: the checkpoint was saved in mid-epoch, after {done} batches of {then} rows. This "
+            f"epoch goes on behind {done} batches of {now}, so that it "
+            f"{'leaves rows out' if now > then else 'has rows twice'}; the next ones are whole"
+        )
 
 
 def _is_group(override: Override) -> bool:

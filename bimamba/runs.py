@@ -71,6 +71,12 @@ def _other_tasks(name: str, log_dir: Path) -> str:
     return f"; there are runs of {', '.join(tasks)} (experiment=… or task_name=… chooses)" if tasks else ""
 
 
+def quoted(path: str | Path) -> str:
+    """The path as Hydra's grammar and a shell read it."""
+    text = str(path)
+    return text if all(c.isalnum() or c in "/._-:%@" for c in text) else f"'\"{text}\"'"
+
+
 @contextmanager
 def claimed(output_dir: str | Path, fresh: bool, stage: str = "fit") -> Iterator[None]:
     """Hold a run's folder for this process; a lock of the system, so a killed run leaves nothing to clean up.
@@ -103,8 +109,8 @@ def claimed(output_dir: str | Path, fresh: bool, stage: str = "fit") -> Iterator
         there = newest_checkpoint(output_dir / "checkpoints")
         if fresh and there:
             raise ValueError(
-                f"{output_dir} holds the checkpoints of another training: go on with it (ckpt_path={there}), or give "
-                "this one a folder of its own (hydra.run.dir=…)"
+                f"{output_dir} holds the checkpoints of another training: go on with it "
+                f"(ckpt_path={quoted(there)}), or give this one a folder of its own (hydra.run.dir=…)"
             )
         if stage != "fit" and any((output_dir / "checkpoints").glob("*.ckpt")):
             raise ValueError(

@@ -164,6 +164,21 @@ def test_words_are_words_where_words_are_meant(tmp_path, text):
     config.check_switches(composed(tmp_path, "experiment=sequences_csv", "data.path=x.csv", text))
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("task.optimizer.lr=abc", "a number, got 'abc'"),
+        ("trainer.max_epochs=ten", "a number, got 'ten'"),
+        ("data.batch_size=2.5", "a whole number, got 2.5"),
+    ],
+)
+def test_numbers_are_numbers(tmp_path, option, expected):
+    key, _, _ = option.partition("=")
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}: expected {expected}"):
+        config.check_switches(composed(tmp_path, option))
+    config.check_switches(composed(tmp_path, f"{key}=1"))
+
+
 @pytest.mark.parametrize("part", ["callbacks.model_checkpoint", "data", "model.mixer"])
 def test_a_class_that_is_not_there_is_named(tmp_path, part):
     cfg = composed(tmp_path, f"{part}._target_=bimamba.Nope")
@@ -367,8 +382,12 @@ def test_debug_overfit_learns_its_batches(tmp_path):
 def test_early_stopping_stops(tmp_path):
     options = ["callbacks=early_stopping", "callbacks.early_stopping.patience=1", "trainer.max_epochs=20"]
     options += ["task.optimizer.lr=0.0", "test=false", "model/embedding=patches", "data.batch_size=512"]
+    options += ["callbacks.learning_curves=null", "callbacks.examples=null", "trainer.limit_train_batches=1"]
     run(tmp_path, *TINY, *options)
-    assert load(tmp_path / "checkpoints" / "last.ckpt")["epoch"] <= 2
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert load(last)["epoch"] == 1
+    run(tmp_path, f"ckpt_path={last}", "callbacks.early_stopping.patience=3")  # two validations more
+    assert load(last)["epoch"] == 3
 
 
 def test_softened_arguments():

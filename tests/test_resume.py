@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from lightning.pytorch import Callback
 from runs import DIGITS, load, run, train
 
 from bimamba.atomic import AtomicCheckpointIO
-from bimamba.callbacks import interrupt
+from bimamba.callbacks import Checkpoints, interrupt
+from bimamba.collect import find_runs
+from bimamba.export import find_metrics
 
 # 9 batches an epoch, with everything that draws random numbers.
 OPTIONS = [*DIGITS, "data.batch_size=160", "test=false", "trainer.max_epochs=2", "data.augment.random_erasing=0.5"]
@@ -233,6 +236,49 @@ def test_metrics_of_the_validation_are_all_of_the_best_epoch(tmp_path):
     check()
     run(tmp_path, f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}", "trainer.max_epochs=4")
     check()
+
+
+def test_a_moved_run_knows_its_best(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    options = [*DIGITS, "trainer.max_epochs=1", "callbacks.learning_curves=null", "callbacks.examples=null"]
+    metrics = run(old, *options, "callbacks.predictions=null")
+    old.rename(new)
+    path = new / "checkpoints" / "last.ckpt"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The dirpath has changed")
+        assert run(new, f"ckpt_path={path}") == pytest.approx(metrics)  # nothing is left to train; its best is tested
+    (state,) = (v for k, v in load(path)["callbacks"].items() if "Checkpoints" in k)
+    assert state["dirpath"] == str(old / "checkpoints")
+    callback = Checkpoints(dirpath=new / "checkpoints", filename="best", monitor="val/loss", save_last=True)
+    callback.load_state_dict(state)
+    best = str(new / "checkpoints" / "best.ckpt")
+    assert callback.best_model_path == callback.kth_best_model_path == best and callback.last_model_path == str(path)
+    assert callback.best_k_models == {best: callback.best_model_score} and callback.best_metrics
+    # a state that came without its files
+    callback = Checkpoints(dirpath=tmp_path / "other", filename="best", monitor="val/loss", save_last=True)
+    callback.load_state_dict(state)
+    assert callback.best_model_score is None and not callback.best_k_models and not callback.best_metrics
+    assert callback.best_model_path == callback.kth_best_model_path == callback.last_model_path == ""
+
+
+def test_a_resumed_training_that_is_killed_has_no_figures(tmp_path, monkeypatch):
+    """Those of its first part are not of the `best.ckpt` that it has overwritten."""
+    options = [*DIGITS, "callbacks.learning_curves=null", "callbacks.examples=null", "trainer.max_epochs=1"]
+    run(tmp_path, *options)
+    names = ("metrics.json", "predictions.parquet", "plots/confusion_matrix_test.png")
+    done = [(tmp_path / name).read_bytes() for name in names]
+    go_on = f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(RuntimeError, match="crash"):
+        trained(tmp_path, Losses(crash_after=8), go_on, "trainer.max_epochs=2", monkeypatch=monkeypatch)
+    assert not any((tmp_path / name).exists() for name in names)
+    found, _ = find_metrics(tmp_path / "checkpoints" / "best.ckpt", {})
+    assert not found
+    with pytest.raises(ValueError, match="1 not finished"):
+        find_runs([tmp_path])
+    aside = [next(tmp_path.glob("_2*.".join(name.split(".")))) for name in names]
+    assert [path.read_bytes() for path in aside] == done
+    run(tmp_path, go_on, "trainer.max_epochs=2")
+    assert all((tmp_path / name).exists() for name in names)
 
 
 def test_two_runs_in_one_folder_are_one_clear_error(tmp_path):

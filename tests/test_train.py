@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -161,6 +162,40 @@ def test_resuming_with_another_rate_is_refused_for_it_would_do_nothing(fitted, t
         assert with_checkpoint(given, checkpoint, typed).task.optimizer.lr == 0.01
 
 
+def test_resuming_with_another_schedule_is_refused_for_it_would_do_nothing(fitted, tmp_path):
+    def resumed(checkpoint, *typed):
+        typed = train.soften([last(fitted), *typed])
+        given = composed(tmp_path, *typed)
+        with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return with_checkpoint(given, checkpoint, typed)
+
+    checkpoint = read_checkpoint(fitted[0] / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"task\.scheduler\._target_=bimamba\.optim\.plateau: .*optim\.cosine\)"):
+        resumed(checkpoint, "task.scheduler._target_=bimamba.optim.plateau")
+    assert resumed(checkpoint, "task.scheduler.final_ratio=0.1").task.scheduler.final_ratio == 0.1  # of the step alone
+    cfg = composed(tmp_path, *DIGITS, "task=plateau", "monitor=val/mcc", "task.scheduler.monitor=val/loss")
+    train.config.settle_modes(cfg)
+    checkpoint |= {"recipe": train.config.recipe(cfg)}
+    for typed in ("task.scheduler.patience=2", "task.scheduler.monitor=val/mcc"):
+        with pytest.raises(ValueError, match=rf"{typed}: a resumed training goes on with its schedule"):
+            resumed(checkpoint, typed)
+    # the whole command once more, by a scheduler
+    resumed(checkpoint, "monitor=val/mcc", "task.scheduler.monitor=val/loss")
+
+
+def test_other_batches_in_mid_epoch_are_told(fitted, tmp_path):
+    checkpoint, typed = read_checkpoint(fitted[0] / "checkpoints" / "last.ckpt"), [last(fitted), "++data.batch_size=64"]
+    given = composed(tmp_path, *typed)
+    with train.hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with_checkpoint(given, checkpoint, typed)  # at an epoch's end all rows are done
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress |= {"is_last_batch": False, "current": {"completed": 3}}
+        with pytest.warns(UserWarning, match=r"data\.batch_size=64: .* after 3 batches of 256 rows.* has rows twice"):
+            with_checkpoint(given, checkpoint, typed)
+
+
 def test_where_runs_write(fitted, tmp_path):
     _output_dir = train.config._output_dir
     folder, checkpoint = fitted[0], str(fitted[0] / "checkpoints" / "best.ckpt")
@@ -170,6 +205,16 @@ def test_where_runs_write(fitted, tmp_path):
     alone = str(tmp_path / "downloaded.ckpt")
     assert _output_dir("test", alone, "logs", "digits", "now") == "logs/test/runs/now"
     assert _output_dir("fit", alone, "logs", "digits", "now") == "logs/digits/runs/now"
+
+
+def test_commands_that_are_shown_can_be_typed(tmp_path, capsys):
+    best = tmp_path / "my run" / "checkpoints" / "best.ckpt"
+    best.parent.mkdir(parents=True)
+    best.touch()
+    train.config.show_results({}, tmp_path / "my run", "fit")
+    *_, typed = shlex.split(capsys.readouterr().out)
+    given = composed(tmp_path, typed)
+    assert given.ckpt_path == str(best)
 
 
 def test_fast_dev_run_leaves_no_checkpoint(tmp_path):

@@ -2,6 +2,7 @@
 
 from .average import AverageWeights
 from .checkpoints import Checkpoints
+from .early_stopping import EarlyStopping
 from .exact_resume import ExactResume
 from .examples import ExamplePredictions
 from .finders import FindBatchSize, FindLearningRate
@@ -12,11 +13,13 @@ from .learning_curves import LearningCurves
 from .model_size import ModelSize, NetworkSummary
 from .progress import ProgressBar
 from .save_predictions import SavePredictions
+from .set_aside import SetAside
 from .throughput import Throughput
 
 __all__ = [
     "AverageWeights",
     "Checkpoints",
+    "EarlyStopping",
     "ExactResume",
     "ExamplePredictions",
     "FindBatchSize",
@@ -29,6 +32,7 @@ __all__ = [
     "ProgressBar",
     "SaveOnInterrupt",
     "SavePredictions",
+    "SetAside",
     "StopOnInterrupt",
     "Throughput",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -63,8 +64,30 @@ class Checkpoints(ModelCheckpoint):
         return super().state_dict() | {"best_metrics": self.best_metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("dirpath") != self.dirpath:
+            state_dict = self._moved(state_dict)
         super().load_state_dict(state_dict)
         self.best_metrics = dict(state_dict.get("best_metrics", {}))  # earlier versions have none
+
+    def _moved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of a run whose folder was moved or copied, by the files that are in this folder now.
+
+        Lightning's own (2.6) would forget the best score, and keep a path to the old folder.
+        """
+
+        def here(path: str) -> str:
+            found = Path(self.dirpath or "", Path(path).name)
+            return str(found) if path and found.is_file() else ""
+
+        best = here(state["best_model_path"])
+        names = ("kth_best_model_path", "last_model_path")
+        moved: dict[str, Any] = {"dirpath": self.dirpath, "best_model_path": best}
+        moved |= {name: here(state.get(name, "")) for name in names}
+        kept = {here(path): score for path, score in state.get("best_k_models", {}).items() if here(path)}
+        if not best:  # it stayed behind: the best one of this folder is yet to come
+            moved |= {"best_model_score": None, "kth_best_model_path": "", "kth_value": self.kth_value}
+            moved["best_metrics"] = kept = {}
+        return state | moved | {"best_k_models": kept}
 
     def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         best = self.best_model_score

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from bimamba.callbacks.checkpoints import processes_meet, validation_follows
-from bimamba.runs import newest_checkpoint
+from bimamba.runs import newest_checkpoint, quoted
 
 REQUEUE = "SIGUSR2"  # submitit's, which puts the job into Slurm's queue again
 LIGHTNINGS_QUESTION = "_broadcast_sigterm_tensor"  # a method of its epoch loop
@@ -131,7 +131,7 @@ class SaveOnInterrupt(StopOnInterrupt, Checkpoint):
 
     def _save(self, trainer: Trainer) -> str:
         trainer.save_checkpoint(self.path)
-        return f"Saved {self.path}\nGo on with:  python train.py ckpt_path={_quoted(self.path)}"
+        return f"Saved {self.path}\nGo on with:  python train.py ckpt_path={quoted(self.path)}"
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
@@ -150,9 +150,3 @@ class SaveOnInterrupt(StopOnInterrupt, Checkpoint):
 @rank_zero_only
 def _say(message: str) -> None:
     os.write(1, f"\n{message}\n".encode())  # in a handler print() could meet a print() that it interrupted
-
-
-def _quoted(path: Path) -> str:
-    """The path as Hydra's grammar and a shell read it."""
-    text = str(path)
-    return text if all(c.isalnum() or c in "/._-:%@" for c in text) else f"'\"{text}\"'"
