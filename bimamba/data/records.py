@@ -91,6 +91,22 @@ class Origins:
         return found if self.kept is None else [found[i] for i in self.kept.tolist()]
 
 
+def group_numbers(values: Sequence[Any], column: int | str, describe: Callable[[int], str]) -> np.ndarray:
+    """`Records.groups` from the values of a column.
+
+    Raises:
+        ValueError: a row without a value.
+    """
+    names = ["" if value is None else str(value) for value in values]
+    missing = [row for row, name in enumerate(names) if not name]
+    if missing:
+        raise ValueError(
+            f"{describe(missing[0])}: expected a value in column {column!r} (data.source.group_column), got none "
+            f"({len(missing)} such rows)"
+        )
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
 class Names:
     """Where row i comes from, for rows that are files of their own. A class, since loader processes may pickle it."""
 

@@ -65,12 +65,12 @@ def grouped_parts(
     _, of, sizes = np.unique(groups[rows], return_inverse=True, return_counts=True)
     members = np.split(np.argsort(of, kind="stable"), np.cumsum(sizes)[:-1])
     totals = np.bincount(kind)
-    order = np.random.default_rng(seed).permutation(len(members))
+    order = np.random.default_rng(seed).permutation(len(sizes))
     order = order[np.argsort(-sizes[order], kind="stable")]
     share = np.asarray(shares)
     missing = share[:, None] * totals  # (parts, strata)
     part_of = np.empty(len(rows), np.int64)
-    for group in order if len(rows) else ():
+    for group in order:
         counts = np.bincount(kind[members[group]], minlength=len(totals))
         # By how much the sum of (missing rows)^2 / expected rows falls
         part = int(np.argmax((2 * missing - counts) @ (counts / totals) / share))
@@ -178,9 +178,9 @@ def make_splits(
 
 def _divided(splits: dict[str, np.ndarray], groups: np.ndarray) -> list[str]:
     """A sentence where the source's own splits divide groups."""
-    lie_in = np.stack([np.isin(np.unique(groups), groups[rows]) for rows in splits.values()]).sum(0)
-    several = int((lie_in > 1).sum())
-    return [f"the given splits divide {several} of {len(lie_in)} groups"] if several else []
+    every = np.unique(groups)
+    several = int((np.sum([np.isin(every, groups[rows]) for rows in splits.values()], axis=0) > 1).sum())
+    return [f"the given splits divide {several} of {len(every)} groups"] if several else []
 
 
 def check_parts(

@@ -44,24 +44,6 @@ class Rows:
         return Rows(self.table.filter(pa.array(keep)), origins, {s: rows for s, rows in splits.items() if len(rows)})
 
 
-def group_numbers(rows: Rows, column: str | None) -> np.ndarray | None:
-    """The group of every row, int64, by the values of a column; None without one.
-
-    Raises:
-        ValueError: a row without a value.
-    """
-    if column is None:
-        return None
-    values = pc.cast(rows.table[column], pa.large_string())
-    missing = pc.fill_null(pc.equal(values, ""), True).to_numpy()
-    if missing.any():
-        raise ValueError(
-            f"{rows.describe(int(missing.argmax()))}: expected a value in column {column!r} "
-            f"(data.source.group_column), got none ({int(missing.sum())} such rows)"
-        )
-    return np.unique(np.asarray(values.to_pylist(), object), return_inverse=True)[1].astype(np.int64)
-
-
 def is_table(path: Path) -> bool:
     """True for a file name this module reads."""
     name = path.name.lower().removesuffix(".gz")

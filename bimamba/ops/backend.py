@@ -85,10 +85,10 @@ def _transformed() -> str | None:
     if torch._C._are_functorch_transforms_active():
         kinds = [interpreter.key().name for interpreter in retrieve_all_functorch_interpreters()]
     forward = forward_ad._current_level >= 0
-    if not forward and ("Vmap" not in kinds and "Jvp" not in kinds and kinds.count("Grad") < 2):
-        return None
-    what = "torch.func's " + ", ".join(kinds).lower() if kinds else "forward-mode derivatives"
-    return f"the kernels have first derivatives in reverse mode alone, and no vmap: {what} asked for more"
+    if forward or "Vmap" in kinds or "Jvp" in kinds or kinds.count("Grad") > 1:
+        what = "torch.func's " + ", ".join(kinds).lower() if kinds else "forward-mode derivatives"
+        return f"the kernels have first derivatives in reverse mode alone, and no vmap: {what} asked for more"
+    return None
 
 
 @functools.lru_cache  # 3 us a call otherwise

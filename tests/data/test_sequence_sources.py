@@ -458,6 +458,9 @@ def test_bed_groups_by_column(tmp_path):
     data = setup(FastaBed(str(fasta), group_column=1), bed, test_fraction=0.4, val_fraction=0.3)
     found = [{data.examples.ids[int(row)].as_py().split(":")[0] for row in rows} for rows in data.splits.values()]
     assert all(found) and sum(map(len, found)) == 3  # chromosomes
+    fasta, bed, _ = bed_files(tmp_path, [*lines[:5], (*lines[5][:3], "", *lines[5][4:])])
+    with stops("x.bed: line 6", "expected a value in column 4 (data.source.group_column)"):
+        setup(FastaBed(str(fasta), label_column=5, group_column=4), bed)
 
 
 def test_bed_splits_by_chromosome(tmp_path):

@@ -78,6 +78,11 @@ def test_groups_that_cannot_be_parted_evenly():
     assert set(range(90, 100)) <= set(rest) and len(part) == 18
 
 
+def test_no_rows_make_empty_parts():
+    none = np.zeros(0, int)
+    assert [len(part) for part in grouped_parts(none, none, none, (0.8, 0.2), seed=0)] == [0, 0]
+
+
 def test_groups_of_one_row_are_split_as_rows_are():
     labels = strata()
     parts = grouped_parts(labels, np.arange(203), np.arange(203), [0.2] * 5, seed=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bimamba.data.fasta import Interval, is_fasta, read_bed, read_fasta
-from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Records, existing, required_path
+from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Records, existing, group_numbers, required_path
 from bimamba.data.sequences import ByteRows
 from bimamba.data.sources.reading import read_sequences
 
@@ -62,7 +62,8 @@ class FastaBed:
         records.splits = self._splits(intervals, header, bed)
         if self.group_column is not None:
             column = _column(self.group_column, intervals, header, bed, "group_column")
-            records.groups = np.unique([i.fields[column] for i in intervals], return_inverse=True)[1].astype(np.int64)
+            values = [interval.fields[column] for interval in intervals]
+            records.groups = group_numbers(values, self.group_column, records.describe)
         return records
 
     def read(self, path: str) -> Records:

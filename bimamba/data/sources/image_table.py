@@ -8,7 +8,6 @@ from pathlib import Path
 from bimamba.data.records import Records
 from bimamba.data.sources.reading import image_table_records, read_images
 from bimamba.data.sources.table import TableSource
-from bimamba.data.tables import group_numbers
 
 
 class ImageTable(TableSource):
@@ -17,8 +16,7 @@ class ImageTable(TableSource):
     Args:
         hub: name on the Hub, used where `data.path` is not set.
         image_column: column of the images.
-        label_column, id_column, split_column, split_names, cache_dir, group_column: see
-            `TableSource`.
+        label_column, id_column, split_column, split_names, cache_dir, group_column: see `TableSource`.
     """
 
     def __init__(
@@ -43,7 +41,7 @@ class ImageTable(TableSource):
         rows, names = self.rows(path, task, text=False)
         root = None if path is None else Path(path).expanduser()
         records = image_table_records(rows, self.input_column, self.label_columns, self.id_column, names, root)
-        records.groups = group_numbers(rows, self.group_column)
+        records.groups = self.groups(rows)
         return records
 
     def read(self, path: str) -> Records:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from bimamba.data.records import Records
 from bimamba.data.sources.reading import read_sequences, table_records
 from bimamba.data.sources.table import TableSource
-from bimamba.data.tables import group_numbers
 
 
 class SequenceTable(TableSource):
@@ -16,8 +15,7 @@ class SequenceTable(TableSource):
     Args:
         hub: name on the Hub, used where `data.path` is not set; `{task}` in it stands for `data.task`.
         sequence_column: column of the sequences.
-        label_column, id_column, split_column, split_names, cache_dir, group_column: see
-            `TableSource`.
+        label_column, id_column, split_column, split_names, cache_dir, group_column: see `TableSource`.
     """
 
     def __init__(
@@ -43,7 +41,7 @@ class SequenceTable(TableSource):
         """
         rows, names = self.rows(path, task, text=True)
         records = table_records(rows, self.input_column, self.label_columns, self.id_column, names)
-        records.groups = group_numbers(rows, self.group_column)
+        records.groups = self.groups(rows)
         return records
 
     def read(self, path: str) -> Records:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from bimamba.data.records import group_numbers
 from bimamba.data.sources.rows import hub_splits, load_rows
 from bimamba.data.tables import Rows
 
@@ -64,6 +67,12 @@ class TableSource:
             split_names=self.split_names,
             cache_dir=self.cache_dir,
         )
+
+    def groups(self, rows: Rows) -> np.ndarray | None:
+        """`Records.groups`; None where no column says them."""
+        if self.group_column is None:
+            return None
+        return group_numbers(rows.table[self.group_column].to_pylist(), self.group_column, rows.describe)
 
     def _hub(self, task: str | None) -> tuple[str | None, str | None]:
         """Name on the Hub, and its configuration."""
