@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bimamba.nn.decay import undecayed
-from bimamba.ops.backend import expect_device
+from bimamba.ops.backend import autocasts, expect_device
 from bimamba.ops.conv1d import ACTIVATIONS, MAX_WIDTH, depthwise_conv1d
 from bimamba.ops.gated_norm import rms_norm_gated
+from bimamba.ops.projection import aligned
 from bimamba.ops.ssd import bimamba_chunk_scan_combined, choose_backend, mamba_chunk_scan_combined
 from bimamba.ops.ssd.api import allow_tf32, debugging
 
@@ -35,15 +36,10 @@ class RMSNormGated(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A linear layer that on GPUs returns a few columns of zeros behind its own, up to a multiple of 8: matrix units
-    want rows that begin at 16 bytes (H100, 32,768 rows of 192 to 902 and to 904 columns: three times faster)."""
+    """A linear layer that on GPUs returns a few columns of zeros behind its own: see `aligned`."""
 
     def forward(self, u: Tensor) -> Tensor:
-        columns = -self.out_features % 8
-        if not (u.is_cuda and columns):
-            return super().forward(u)
-        bias = None if self.bias is None else F.pad(self.bias, (0, columns))
-        return F.linear(u, F.pad(self.weight, (0, 0, 0, columns)), bias)
+        return F.linear(u, *aligned(u, self.weight, self.bias))
 
 
 def _exact(t: Tensor) -> Tensor:
@@ -174,27 +170,37 @@ class _Mamba2(nn.Module):
         if seq_idx is not None and seq_idx.shape != u.shape[:2]:
             raise ValueError(f"seq_idx: expected shape (b, l) = {tuple(u.shape[:2])}, got {tuple(seq_idx.shape)}")
         expect_device("u", u, mask=mask, seq_idx=seq_idx)
+        if not (self.use_mem_eff_path and torch.is_grad_enabled()):
+            return self._mixed(u, mask, seq_idx)
+        if self._is_one_node(u, mask) and self._projects_plainly(u):
+            u = u.to(torch.get_autocast_dtype(u.device.type)) if autocasts(u) else u
+            return self._as_one_node(u, mask, seq_idx, whole=True)
+        return checkpoint(self._mixed, u, mask, seq_idx, use_reentrant=False)
+
+    def _mixed(self, u: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
         projected = self.in_proj(u)
-        recompute = self.use_mem_eff_path and torch.is_grad_enabled()
-        if self._is_one_node(projected, mask, recompute):
-            return self._as_one_node(projected, mask, seq_idx, recompute)
-        if recompute:
-            return checkpoint(self._after_projection, projected, mask, seq_idx, use_reentrant=False)
+        if self._is_one_node(projected, mask):
+            return self.out_proj(self._as_one_node(projected, mask, seq_idx))
         return self._after_projection(projected, mask, seq_idx)
 
-    def _is_one_node(self, projected: Tensor, mask: Tensor | None, recompute: bool) -> bool:
-        """Whether the kernels take convolution, scan and norm (and, to recompute, the output projection) at once."""
+    def _is_one_node(self, t: Tensor, mask: Tensor | None) -> bool:
+        """Whether the kernels take convolution, scan and norm at once, in the dtype and on the device of `t`."""
         return not (
             self.init_states is not None
             or (mask is not None and self.dt_limit[0] > 0.0)
             or self.d_conv > MAX_WIDTH
             or not _is_plain(self.norm, RMSNormGated)
-            or (recompute and not _is_plain(self.out_proj, nn.Linear))
             or debugging()
-            or choose_backend(projected, self.d_state, p=self.headdim) != "triton"
+            or choose_backend(t, self.d_state, p=self.headdim) != "triton"
         )
 
-    def _as_one_node(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None, recompute: bool) -> Tensor:
+    def _projects_plainly(self, u: Tensor) -> bool:
+        """Whether that node may take the projections, too."""
+        plain = _is_plain(self.in_proj, Projection) and _is_plain(self.out_proj, nn.Linear)
+        return plain and (autocasts(u) or u.dtype == self.in_proj.weight.dtype)
+
+    def _as_one_node(self, source: Tensor, mask: Tensor | None, seq_idx: Tensor | None, whole: bool = False) -> Tensor:
+        """Of the input projection to the gated norm's output or, `whole`, of its input to the layer's output."""
         from bimamba.ops.mixer import Form, Parameters, mixer
 
         form = Form(
@@ -219,11 +225,12 @@ class _Mamba2(nn.Module):
             A_log=self.A_log,
             D=self.D,
             norm_weight=self.norm.weight,
-            out_weight=self.out_proj.weight if recompute else None,
-            out_bias=self.out_proj.bias if recompute else None,
+            in_weight=self.in_proj.weight if whole else None,
+            in_bias=self.in_proj.bias if whole else None,
+            out_weight=self.out_proj.weight if whole else None,
+            out_bias=self.out_proj.bias if whole else None,
         )
-        y = mixer(projected, mask, seq_idx, parameters, form)
-        return y if recompute else self.out_proj(y)
+        return mixer(source, mask, seq_idx, parameters, form)
 
     def _after_projection(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
         d_BC = self.ngroups * self.d_state
@@ -290,8 +297,8 @@ class BiMamba2(_Mamba2):
         learnable_init_states: learn the states before the first and after the last token.
         activation: of the convolution. bias: of the projections. conv_bias: of the convolution.
         chunk_size: see `bimamba_chunk_scan_combined`.
-        use_mem_eff_path: keep only the input projection for the backward pass and recompute the rest. On the PyTorch
-            path by `torch.utils.checkpoint`, which takes the parameters that the module has then: not for
+        use_mem_eff_path: keep only the input for the backward pass and recompute the rest. On the PyTorch path by
+            `torch.utils.checkpoint`, which takes the parameters that the module has then: not for
             `torch.func.functional_call`.
         layer_idx: kept for callers that number their layers; not used.
         tied: False gives each direction B, C, dt and A of its own. shift: Hydra's quasi-separable form.

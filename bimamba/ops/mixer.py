@@ -1,7 +1,6 @@
-"""What follows a Mamba-2 block's input projection as one autograd node on the kernels: convolution, scan and gated
-norm and, where all of it is recomputed in the backward pass, the output projection. The gradients of the projection's
-parts are written where they belong, so that nothing is cut or joined, and the host walks through one node instead of a
-dozen.
+"""A Mamba-2 block as one autograd node on the kernels: convolution, scan and gated norm and, where all of it is
+recomputed in the backward pass, both projections. The gradients of the input projection's parts are written where they
+belong, so that nothing is cut or joined, and the host walks through one node instead of a dozen.
 
 Bi-Mamba2 takes `use_mem_eff_path` and ignores it; Mamba-2's causal form of this node is Dao and Gu (2024,
 arXiv:2405.21060), section 8.
@@ -24,6 +23,7 @@ from .entrance import below_autograd, differentiable, enter, implement, once
 from .gated_norm.kernels import norm_backward, norm_forward
 from .launch import once_a_form
 from .prepare import Prepared, prepare
+from .projection import aligned
 from .ssd.binding import states_fit
 from .ssd.kernels.choose import Problem, layout, problem_of
 from .ssd.kernels.scan import Inputs, Saved, scan_backward, scan_forward
@@ -59,35 +59,38 @@ class Parameters(NamedTuple):
     A_log: Tensor  # likewise: A = -exp(A_log)
     D: Tensor  # (h)
     norm_weight: Tensor  # (d_inner)
-    out_weight: Tensor | None = None  # (d_model, d_inner); None: no output projection
+    in_weight: Tensor | None = None  # (columns, d_model); None: no projections
+    in_bias: Tensor | None = None
+    out_weight: Tensor | None = None  # (d_model, d_inner)
     out_bias: Tensor | None = None
 
 
-def mixer(projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None, parameters: Parameters, form: Form) -> Tensor:
-    """The gated norm's output `(b, l, d_inner)` or, with `out_weight`, `(b, l, d_model)` behind the output projection.
+def mixer(source: Tensor, mask: Tensor | None, seq_idx: Tensor | None, parameters: Parameters, form: Form) -> Tensor:
+    """The gated norm's output `(b, l, d_inner)` or, with the projections' weights, `(b, l, d_model)` behind both.
 
     Args:
-        projected: the input projection `(b, l, z | x | B, C [| B, C backward] | dt | ...)` in the dtype to compute in;
-            columns behind dt are not read.
+        source: in the dtype to compute in, the input projection `(b, l, z | x | B, C [| B, C backward] | dt | ...)`,
+            of which columns behind dt are not read, or, with the projections' weights, its input `(b, l, d_model)`.
         mask: `(b, l)` bool. seq_idx: `(b, l)` ints.
-        parameters: with `out_weight` nothing but `projected` is kept for the backward pass.
+        parameters: with the projections' weights nothing but `source` is kept for the backward pass.
         form: `keep` and `save` are decided here.
     """
-    projected = projected.contiguous()
+    source = source.contiguous()
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
-    tensors = (projected, *parameters)
-    keep = parameters.out_weight is None and torch.is_grad_enabled()
+    tensors = (source, *parameters)
+    keep = parameters.in_weight is None and torch.is_grad_enabled()
     keep = keep and any([t.requires_grad for t in tensors if t is not None])
-    heads, shape = parameters.D.shape[0], projected.shape
-    save = keep and states_fit(*shape[:2], heads, form.headdim, form.d_state, form.bidirectional, projected.dtype)
+    heads, shape = parameters.D.shape[0], source.shape
+    save = keep and states_fit(*shape[:2], heads, form.headdim, form.d_state, form.bidirectional, source.dtype)
     form = form._replace(keep=keep, save=save)
-    return enter(torch.ops.bimamba.mixer.default, _Mixer, _forward, projected, mask, seq_idx, *parameters, *form)[0]
+    return enter(torch.ops.bimamba.mixer.default, _Mixer, _forward, source, mask, seq_idx, *parameters, *form)[0]
 
 
 _library = torch.library.Library("bimamba", "FRAGMENT")
 _TENSORS = (
-    "Tensor projected, Tensor? mask, Tensor? seq_idx, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, "
-    "Tensor A_log, Tensor D, Tensor norm_weight, Tensor? out_weight, Tensor? out_bias"
+    "Tensor source, Tensor? mask, Tensor? seq_idx, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, "
+    "Tensor A_log, Tensor D, Tensor norm_weight, Tensor? in_weight, Tensor? in_bias, Tensor? out_weight, "
+    "Tensor? out_bias"
 )
 _FORM = (
     "int headdim, int d_state, int ngroups, bool bidirectional, bool tied, bool shift, bool activate, float least, "
@@ -98,14 +101,15 @@ _PARAMETERS = slice(3, 3 + _COUNT)  # of the operators' arguments
 # The output and, if keep, A, the convolution's weight by taps, the convolution's parts, y and (empty unless save) the
 # states and their rows
 _library.define(f"mixer({_TENSORS}, {_FORM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
-# The gradients of projected and of the parameters that are there, in their order
+# The gradients of source and of the parameters that are there, in their order
 _library.define(
     f"mixer_backward(Tensor dout, {_TENSORS}, Tensor[] kept, {_FORM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
 
-def _forward(projected, mask, seq_idx, *rest):
+def _forward(source, mask, seq_idx, *rest):
     p, form = Parameters(*rest[:_COUNT]), Form(*rest[_COUNT:])
+    projected, _ = _projected(source, p)
     plan = _plan_of(projected, p, form, mask is not None, seq_idx is not None)
     z, xBC, dt, _ = projected.split_with_sizes(plan.widths, -1)
     flags = kernel_flags(mask, seq_idx)
@@ -116,16 +120,15 @@ def _forward(projected, mask, seq_idx, *rest):
     out = z.new_empty(z.shape)
     norm_forward(y, z, p.norm_weight, *plan.norm, out)
     if p.out_weight is not None:
-        bias = None if p.out_bias is None else p.out_bias.to(out.dtype)
-        with torch.autocast(projected.device.type, enabled=False):
-            out = F.linear(out, p.out_weight.to(out.dtype), bias)
+        out = _linear(out, p.out_weight.to(out.dtype), p.out_bias)
     if not form.keep:
         return [out]
     return [out, *exact, *parts, y, *(y.new_empty(0) if t is None else t for t in saved[:2])]
 
 
-def _backward(dout, projected, mask, seq_idx, *rest):
+def _backward(dout, source, mask, seq_idx, *rest):
     p, kept, form = Parameters(*rest[:_COUNT]), rest[_COUNT], Form(*rest[_COUNT + 1 :])
+    projected, in_weight = _projected(source, p)
     plan = _plan_of(projected, p, form, mask is not None, seq_idx is not None)
     z, xBC, dt, _ = projected.split_with_sizes(plan.widths, -1)
     flags = kernel_flags(mask, seq_idx)
@@ -147,7 +150,7 @@ def _backward(dout, projected, mask, seq_idx, *rest):
 
     dout = dout.to(projected.dtype).contiguous()
     dnormed = dout if p.out_weight is None else _rows(dout) @ p.out_weight.to(dout.dtype)
-    again = p.out_weight is not None
+    again = in_weight is not None
     dy, norm_parts, normed = norm_backward(dnormed, y, z, p.norm_weight, *plan.norm, dz=dz, again=again)
     if normed is not None:
         grads.out_weight.copy_(_rows(dout).t() @ normed.view(-1, p.norm_weight.shape[0]))
@@ -163,7 +166,27 @@ def _backward(dout, projected, mask, seq_idx, *rest):
         Total(conv_parts, grads.conv_weight, grads.conv_bias, taps=plan.conv.width),
         Total(norm_parts, grads.norm_weight),
     )
-    return [dprojected, *[t for t in grads if t is not None]]
+    dsource = dprojected
+    if in_weight is not None:
+        rows, columns = _rows(dprojected), p.in_weight.shape[0]
+        dsource = (rows @ in_weight).view(source.shape)
+        grads.in_weight.copy_((rows.t() @ _rows(source))[:columns])
+        if p.in_bias is not None:
+            grads.in_bias.copy_(rows.sum(0, dtype=torch.float32)[:columns])
+    return [dsource, *[t for t in grads if t is not None]]
+
+
+def _projected(source: Tensor, p: Parameters) -> tuple[Tensor, Tensor | None]:
+    """The input projection, and the weight that made it of `source`."""
+    if p.in_weight is None:
+        return source, None
+    weight, bias = aligned(source, p.in_weight.to(source.dtype), p.in_bias)
+    return _linear(source, weight, bias), weight
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 class _Plan(NamedTuple):
@@ -242,13 +265,13 @@ def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, 1)
 
 
-def _forward_fake(projected, mask, seq_idx, *rest):
+def _forward_fake(source, mask, seq_idx, *rest):
     p, form = Parameters(*rest[:_COUNT]), Form(*rest[_COUNT:])
-    rows = projected.shape[:2]
     columns = p.norm_weight.shape[0] if p.out_weight is None else p.out_weight.shape[0]
-    out = projected.new_empty((*rows, columns))
+    out = source.new_empty((*source.shape[:2], columns))
     if not form.keep:
         return [out]
+    projected = source
     plan = _plan_of(projected, p, form, mask is not None, seq_idx is not None, functools.partial(_plan, make=Problem))
     problem = plan.problem
     saved = layout(problem, saved=form.save)
@@ -264,10 +287,9 @@ def _forward_fake(projected, mask, seq_idx, *rest):
     ]
 
 
-def _backward_fake(dout, projected, mask, seq_idx, *rest):
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (projected, *rest[:_COUNT]) if t is not None
-    ]
+def _backward_fake(dout, source, mask, seq_idx, *rest):
+    tensors = (source, *rest[:_COUNT])
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
 
 
 implement(_library, "mixer", _forward, _forward_fake)
@@ -291,10 +313,10 @@ class _Mixer(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing unpacks anew at every look
         tensors, kept = saved[: _PARAMETERS.stop], list(saved[_PARAMETERS.stop :])
         args = (dout, *tensors, kept, *ctx.form)
-        dprojected, *rest = below_autograd(torch.ops.bimamba.mixer_backward.default, _backward, *args)
+        dsource, *rest = below_autograd(torch.ops.bimamba.mixer_backward.default, _backward, *args)
         grads = iter(rest)
         of_parameters = [None if t is None else next(grads) for t in tensors[_PARAMETERS]]
-        found = once((dprojected, None, None, *of_parameters), (dout, *tensors))
+        found = once((dsource, None, None, *of_parameters), (dout, *tensors))
         return *found, *([None] * len(ctx.form))
 
 

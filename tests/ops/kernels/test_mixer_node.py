@@ -59,7 +59,7 @@ def test_node_equals_parts(kind, options):
     u = torch.randn(2, L, 16, device=DEVICE)
     mask = (torch.arange(L, device=DEVICE) < torch.tensor([[L], [20]], device=DEVICE)) if with_mask else None
     seq_idx = (torch.arange(L, device=DEVICE) // 15).expand(2, L).contiguous() if with_seq else None
-    assert module._is_one_node(torch.empty(2, L, module.in_proj.out_features, device=DEVICE), mask, True)
+    assert module._is_one_node(u, mask) and module._projects_plainly(u)
     with as_parts():
         expected = results(module, u, mask, seq_idx, recompute=False)
     for recompute in (False, True):
@@ -82,7 +82,7 @@ def test_what_the_node_cannot_do_is_checkpointed():
     ):
         module = module.to(DEVICE)
         u = torch.randn(2, L, 16, device=DEVICE)
-        assert not module._is_one_node(torch.empty(2, L, module.in_proj.out_features, device=DEVICE), mask, True)
+        assert not module._is_one_node(u, mask)
         expected, got = (results(module, u, mask, None, recompute) for recompute in (False, True))
         for name, value in expected.items():
             assert relative_error(got[name], value) < 2e-6, name
@@ -112,7 +112,7 @@ def test_node_under_autocast():
 
 
 def test_modules_with_listeners_are_called():
-    """An adapter in place of the output projection, or a hook on the norm, must not be passed by."""
+    """An adapter in place of a projection, or a hook on the norm, must not be passed by."""
 
     class Doubled(torch.nn.Linear):
         def forward(self, u):
@@ -124,12 +124,27 @@ def test_modules_with_listeners_are_called():
     handle = module.norm.register_forward_hook(lambda *_: seen.append(1))
     assert torch.allclose(module(u), plain, atol=1e-6) and seen
     handle.remove()
-    adapter = Doubled(module.d_inner, 16, bias=False).to(DEVICE)
-    adapter.load_state_dict(module.out_proj.state_dict())
-    module.out_proj = adapter
-    for module.use_mem_eff_path in (False, True):
-        assert torch.allclose(module(u), 2 * plain, atol=1e-6)
+    for name in ("out_proj", "in_proj"):
+        own = getattr(module, name)
+        adapter = Doubled(own.in_features, own.out_features, bias=False).to(DEVICE)
+        adapter.load_state_dict(own.state_dict())
+        setattr(module, name, adapter)
+        both = [module(u) for module.use_mem_eff_path in (False, True)]
+        assert torch.allclose(*both, atol=1e-6)
+        if name == "out_proj":
+            assert torch.allclose(both[0], 2 * plain, atol=1e-6)
+            module.out_proj = own
+        else:
+            assert not torch.allclose(both[0], plain, atol=1e-2)
     assert seen == [1]
+
+
+def test_dtypes_that_do_not_fit_are_refused():
+    """As `nn.Linear` refuses them: not cast without a word."""
+    module = BiMamba2(16, d_state=8, headdim=16).to(DEVICE)
+    for module.use_mem_eff_path in (False, True):
+        with pytest.raises(RuntimeError, match="dtype"):
+            module(torch.randn(1, 9, 16, device=DEVICE, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("recompute, tied", [(False, False), (False, True), (True, True)])
@@ -157,17 +172,18 @@ def test_operator(recompute, tied):
         assert relative_error(got[name], value) < 2e-6, name
 
 
-def test_node_keeps_the_projection_alone():
+@pytest.mark.parametrize("adapted", [False, True])
+def test_nothing_but_the_input_is_kept(adapted):
+    """By the node, and where a projection is not one that it may take."""
     module = BiMamba2(16, d_state=8, headdim=16, use_mem_eff_path=True).to(DEVICE)
+    if adapted:
+        module.in_proj.register_forward_hook(lambda *_: None)
     u = torch.randn(2, L, 16, device=DEVICE, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         module(u)
-    own = {p.data_ptr() for p in module.parameters()} | {u.data_ptr()}
-    activations = [t for t in kept if t.data_ptr() not in own and t.dim() == 3]
-    columns = module.in_proj.out_features
-    columns += -columns % 8 if DEVICE == "cuda" else 0
-    assert [tuple(t.shape) for t in activations] == [(2, L, columns)]
+    own = {p.data_ptr() for p in module.parameters()}
+    assert {t.data_ptr() for t in kept} - own <= {u.data_ptr()}
 
 
 def test_single_tokens():
@@ -180,7 +196,7 @@ def test_single_tokens():
     results = []
     for t in (projected, odd):
         leaf = t.detach().requires_grad_()
-        y = layer._as_one_node(leaf, None, None, False)
+        y = layer._as_one_node(leaf, None, None)
         results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()], allow_unused=True)))
     for own, other in zip(*results, strict=True):
         assert own is other is None or torch.equal(own, other)
@@ -189,15 +205,21 @@ def test_single_tokens():
 def test_columns_behind_the_projection_change_nothing():
     """On GPUs the projection is padded to whole rows of 16 bytes."""
     torch.manual_seed(0)
-    layer = BiMamba2(16, headdim=16, d_state=8, use_mem_eff_path=True).to(DEVICE)
+    layer = BiMamba2(16, headdim=16, d_state=8).to(DEVICE)
     projected = torch.randn(2, 9, layer.in_proj.out_features, device=DEVICE, requires_grad=True)
     padded = torch.nn.functional.pad(projected.detach(), (0, 4), value=7.0).requires_grad_()
-    node = layer._as_one_node
-    for path in (lambda *a: node(*a, True), lambda *a: node(*a, False), layer._after_projection):
+    for path in (layer._as_one_node, layer._after_projection):
         y, again = path(projected, None, None), path(padded, None, None)
         assert torch.equal(y, again)
         (own,), (other,) = (torch.autograd.grad(t.square().sum(), p) for t, p in ((y, projected), (again, padded)))
         assert torch.equal(own, other[..., :-4]) and not other[..., -4:].any()
+    u = torch.randn(2, 9, 16, device=DEVICE)
+    expected = results(layer, u, None, None, recompute=True)
+    more = lambda u, weight, bias: (torch.nn.functional.pad(weight, (0, 0, 0, 4)), bias)  # noqa: E731
+    with mock.patch("bimamba.ops.mixer.aligned", more):
+        got = results(layer, u, None, None, recompute=True)
+    for name, value in expected.items():
+        assert relative_error(got[name], value) < 2e-6, name
 
 
 @pytest.mark.parametrize("node", [True, False])
