@@ -82,7 +82,7 @@ TINY = {
     "pixels": Shape(2, 64, 32, 2, PixelEmbedding),
     "dna_1k": Shape(2, 100, 32, 2),
 }
-OPTIONS = ("", "+mem_eff", "+checkpoint", "+compile", "+reduce", "+graph", "+checkpoint+graph")
+OPTIONS = ("", "+mem_eff", "+checkpoint", "+compile", "+reduce", "+graph", "+mem_eff+graph", "+checkpoint+graph")
 MODELS = (*(f"bimamba{option}" for option in OPTIONS), "transformer", "transformer+graph", "flip", "flip+graph")
 
 
