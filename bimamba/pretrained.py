@@ -200,7 +200,11 @@ def read_pretrained(
     """
     path = Path(source).expanduser()
     if not (path.is_file() or path.suffix == ".ckpt"):
-        return read_folder(find_folder(source, key), trusted_modules)
+        folder = find_folder(source, key)
+        try:
+            return read_folder(folder, trusted_modules)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{key}: {error}") from error
     checkpoint = read_checkpoint(path, key)
     state = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
     training: dict[str, Any] = {k: checkpoint[k] for k in ("splits", "config") if k in checkpoint}
