@@ -96,7 +96,8 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     if data_stage != "predict":
         record(output_dir / "preflight.json", datamodule.preflight())
         if checkpoint:
-            compare(checkpoint, datamodule.fingerprint, plain["data"], resuming=cfg.stage == "fit")
+            use = "resumed" if cfg.stage == "fit" else "evaluated"
+            compare(checkpoint, datamodule.fingerprint, plain["data"], use)
     if cfg.stage == "fit":
         config.check_validation(cfg, datamodule.sizes["val"])
     spec = datamodule.spec
@@ -105,6 +106,9 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     saved = {"config": plain, "recipe": config.recipe(cfg), "choices": dict(choices or {})}
     saved["splits"] = datamodule.fingerprint
     task: Any = make_task(cfg, spec, saved, checkpoint)
+    if cfg.stage == "fit" and task.distillation:
+        for teacher in task.distillation.read(cfg.extras.trusted_modules):
+            compare(teacher.training, datamodule.fingerprint, plain["data"], "teacher", teacher.origin)
     callbacks = make_callbacks(cfg)
     if checkpoint and cfg.stage == "fit":
         callbacks.append(SetAside(cfg.paths.output_dir, cfg.paths.plot_dir))

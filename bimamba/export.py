@@ -99,7 +99,9 @@ def gather(ckpt_path: Path, checkpoint: Mapping[str, Any], weights: str = "auto"
     preflight = _read(run / "preflight.json") if run else {}
     averaged = "current_model_state" in checkpoint
     metrics, of = ({}, "") if averaged and weights == "raw" else find_metrics(ckpt_path, config)
-    trainer = config.get("trainer", {})
+    trainer, task = config.get("trainer", {}), dict(config.get("task", {}))
+    if not (task.get("distill") or {}).get("teachers"):
+        task.pop("distill", None)
     protocol = {
         "experiment": checkpoint.get("choices", {}).get("experiment"),
         "seed": config.get("seed"),
@@ -110,7 +112,7 @@ def gather(ckpt_path: Path, checkpoint: Mapping[str, Any], weights: str = "auto"
         "started from": config.get("model", {}).get("pretrained"),
         "frozen": config.get("model", {}).get("freeze"),
         **{k: trainer.get(k) for k in ("precision", "accumulate_grad_batches", "gradient_clip_val")},
-        "task": config.get("task", {}),
+        "task": task,
     }
     return {
         "data": config.get("data"),

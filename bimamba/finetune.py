@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba.pretrained import describe, read_pretrained
-from bimamba.spec import DataSpec
+from bimamba.spec import DataSpec, expect_same
 
 if TYPE_CHECKING:
     from bimamba.models import Classifier
@@ -53,7 +53,7 @@ def load_pretrained(net: Classifier, source: str | Path) -> list[str]:
     given = read_pretrained(source)
     where = f"model.pretrained: {given.origin}"
     spec = net.spec
-    _expect_same_inputs(given.spec, spec, where)
+    expect_same(given.spec, spec, ("kind", "alphabet", "channels"), where)
     _expect_same_model(given.model, describe(net.arguments), where)
     own, state = net.state_dict(), dict(given.state)
     if POSITIONS in own and POSITIONS in state and spec.kind == "image":
@@ -77,14 +77,6 @@ def load_pretrained(net: Classifier, source: str | Path) -> list[str]:
     net.load_state_dict({**own, **state})
     log.info("%s: %d tensors loaded; new: %s", where, len(state), ", ".join(new) or "none")
     return new
-
-
-def _expect_same_inputs(there: DataSpec, here: DataSpec, where: str) -> None:
-    for name in ("kind", "alphabet", "channels"):
-        a, b = getattr(there, name), getattr(here, name)
-        if a != b:
-            hint = f"; to fit it set data.{name}={a}" if name != "kind" else ""
-            raise ValueError(f"{where} was trained on data of another {name}: {a!r} there, {b!r} here{hint}")
 
 
 def _expect_same_model(there: Mapping[str, Any], here: Mapping[str, Any], where: str) -> None:

@@ -13,7 +13,17 @@ from torch import nn
 from bimamba.checkpoint import load_weights
 from bimamba.files import write_whole
 from bimamba.model_card import model_card
-from bimamba.pretrained import WEIGHTS, describe, find_folder, parts, read_folder, write_config
+from bimamba.pretrained import (
+    MARKS,
+    NOT_SAVED,
+    WEIGHTS,
+    Pretrained,
+    describe,
+    find_folder,
+    parts,
+    read_folder,
+    write_config,
+)
 from bimamba.spec import DataSpec
 
 
@@ -66,11 +76,22 @@ class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
             local_files_only=local_files_only,
             revision=revision,
         )
-        given = read_folder(folder, trusted_modules)
+        return cls.built(read_folder(folder, trusted_modules))
+
+    @classmethod
+    def built(cls, given: Pretrained) -> HubModel:
+        """A model that was read, whose configuration `check_targets` has passed; on the CPU and in evaluation mode.
+
+        Raises:
+            ValueError: the configuration describes no such model, or the weights do not fit it.
+        """
+        arguments = {k: v for k, v in given.model.items() if k not in (*MARKS, *NOT_SAVED)}
         try:
-            model = cls(given.spec, **parts(given.model))
+            model = cls(given.spec, **parts(arguments))
         except (TypeError, AttributeError) as error:  # arguments that this version does not know, or of a wrong type
-            raise ValueError(f"{folder}: its configuration describes no model of this version ({error})") from error
+            raise ValueError(
+                f"{given.origin}: its configuration describes no model of this version ({error})"
+            ) from error
         load_weights(model, {"state_dict": given.state})
         return model.eval()
 

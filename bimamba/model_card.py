@@ -170,11 +170,14 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             continue
         elif isinstance(value, Mapping):
             found |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, str) and Path(value).is_absolute():  # a person's folders are nobody's business
-            found[prefix + key] = Path(value).name
         else:
-            found[prefix + key] = value
+            found[prefix + key] = [_told(v) for v in value] if isinstance(value, list) else _told(value)
     return found
+
+
+def _told(value: Any) -> Any:
+    """Of an absolute path the last part: a person's folders are nobody's business."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _table(rows: Mapping[str, Any], otherwise: str) -> str:

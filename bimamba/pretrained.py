@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ class Pretrained:
         model: arguments of `Classifier`, as of `describe`.
         state: its weights.
         origin: where it was read, for messages.
+        training: what a checkpoint says of it: `splits` and `config`; a folder says nothing.
     """
 
     spec: DataSpec
     model: dict[str, Any]
     state: dict[str, Tensor]
     origin: str
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------- a model's arguments as plain values
@@ -181,8 +183,16 @@ def read_folder(folder: Path, trusted_modules: Sequence[str] = ()) -> Pretrained
     return Pretrained(spec, model, state, str(folder))
 
 
-def read_pretrained(source: str | Path, key: str = "model.pretrained") -> Pretrained:
-    """A folder, a checkpoint of train.py, or a repository of the Hub.
+def read_pretrained(
+    source: str | Path, key: str = "model.pretrained", trusted_modules: Sequence[str] = ()
+) -> Pretrained:
+    """A folder, a checkpoint of train.py (of one with averaged weights, those), or a repository of the Hub.
+
+    Args:
+        source: a path, or `user/model`.
+        key: the option that named it, for messages.
+        trusted_modules: of folders and repositories, see `read_folder`; a checkpoint's model is as it stands there, and
+            whoever builds it must have `check_targets` pass it.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -190,8 +200,13 @@ def read_pretrained(source: str | Path, key: str = "model.pretrained") -> Pretra
     """
     path = Path(source).expanduser()
     if not (path.is_file() or path.suffix == ".ckpt"):
-        return read_folder(find_folder(source, key))
+        folder = find_folder(source, key)
+        try:
+            return read_folder(folder, trusted_modules)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{key}: {error}") from error
     checkpoint = read_checkpoint(path, key)
     state = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-    model = checkpoint.get("config", {}).get("model", {})
-    return Pretrained(checkpoint_spec(checkpoint), model, state, str(path))
+    training: dict[str, Any] = {k: checkpoint[k] for k in ("splits", "config") if k in checkpoint}
+    model = training.get("config", {}).get("model", {})
+    return Pretrained(checkpoint_spec(checkpoint), model, state, str(path), training)

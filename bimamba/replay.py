@@ -46,6 +46,8 @@ def replay(
     trainer = Trainer(accelerator=accelerator, precision=config["trainer"]["precision"], **options)
     device = trainer.strategy.root_device
     task = trainer.precision_plugin.convert_module(task).to(device).train()
+    if task.distillation:
+        task.distillation.place(trainer.precision_plugin, device, trusted)
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in saved["batch"].items()}
     torch.set_rng_state(saved["random"]["torch"])
     if device.type == "cuda" and "cuda" in saved["random"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -103,6 +104,24 @@ class DataSpec:
         if unknown:
             raise ValueError(f"unknown keys in a data spec: {unknown}")
         return cls(**values)
+
+
+def expect_same(there: DataSpec, here: DataSpec, names: Sequence[str], where: str) -> None:
+    """Checks that a trained model's data and those at hand agree.
+
+    Args:
+        there, here: of the model, and at hand.
+        names: the fields that matter.
+        where: the option and the model, for the message.
+
+    Raises:
+        ValueError: one of them differs.
+    """
+    for name in names:
+        a, b = getattr(there, name), getattr(here, name)
+        if a != b:
+            hint = f"; to fit it set data.{name}={a}" if name in ("alphabet", "channels") else ""
+            raise ValueError(f"{where} was trained on data of another {name}: {a!r} there, {b!r} here{hint}")
 
 
 def spec_of(owner: Any) -> DataSpec:

@@ -19,6 +19,13 @@ SAMPLED = 1000  # rows whose content counts; of the others the names do
 # Options of the source that decide which rows are trained on, beside `DRAWN_BY` of the data.
 NAMED_BY = ("split_column", "split_names", "group_column", "val_chromosomes", "test_chromosomes")
 
+# Of other rows than those of its training, by what becomes of a checkpoint.
+DANGERS = {
+    "resumed": "rows of its validation and test sets may be trained on from now on",
+    "evaluated": "rows of its training may be among those tested",
+    "teacher": "rows of its training may be among those that choose and test its student",
+}
+
 
 def fingerprint(rows: np.ndarray, names: bytes, content: Callable[[int], bytes]) -> dict[str, Any]:
     """Number and digest of the training rows, to be kept in checkpoints: small, and cheap for millions of rows.
@@ -46,13 +53,19 @@ def content_of(inputs: Any, row: int) -> bytes:
     return item if isinstance(item, bytes) else b""
 
 
-def compare(checkpoint: Mapping[str, Any], found: Mapping[str, Any], data: Mapping[str, Any], resuming: bool) -> None:
+def compare(
+    checkpoint: Mapping[str, Any],
+    found: Mapping[str, Any],
+    data: Mapping[str, Any],
+    use: str,
+    name: str = "the checkpoint",
+) -> None:
     """Warn where the data are those that a checkpoint was trained on, and the training rows are not.
 
     Args:
         checkpoint: as read; those of earlier versions hold no fingerprint.
         found: the fingerprint of now. data: the data's configuration, resolved.
-        resuming: the training goes on; else it is evaluated.
+        use: what becomes of the checkpoint, one of `DANGERS`. name: of the checkpoint, for the message.
     """
     then, before = checkpoint.get("splits"), checkpoint.get("config", {}).get("data")
     if not then or not before or then == found or _identity(before) != _identity(data):
@@ -64,14 +77,9 @@ def compare(checkpoint: Mapping[str, Any], found: Mapping[str, Any], data: Mappi
         how = f"{said}; the old rows come with {', '.join(f'data.{key}={old.get(key)}' for key in others)}"
     else:
         how = "the data themselves have changed since; the old rows come with the data as they were"
-    danger = (
-        "rows of its validation and test sets may be trained on from now on"
-        if resuming
-        else "rows of its training may be among those tested"
-    )
     warn(
-        f"the checkpoint was trained on other rows of these data ({then.get('rows')}, and there are {found['rows']} "
-        f"training rows now): {danger} ({how})"
+        f"{name} was trained on other rows of these data ({then.get('rows')}, and there are {found['rows']} training "
+        f"rows now): {DANGERS[use]} ({how})"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
@@ -16,13 +16,23 @@ from torchmetrics import Metric
 
 import bimamba
 from bimamba.optim import hidden_names, parameter_groups, undecayed_names
+from bimamba.packing import Packing
 from bimamba.spec import DataSpec
 from bimamba.tasks.compilation import GRAPH_MODES, compile_network
 from bimamba.tasks.metrics import LossMean
 
+if TYPE_CHECKING:
+    from bimamba.tasks.distillation import Distillation
+
 Batch = dict[str, Any]
 UNSCALES = "_step_supports_amp_scaling"  # what torch says of a fused optimizer, and Lightning reads
 SHOWN = ("loss", "accuracy", "r2")  # of a validation, on the progress bar
+
+
+def run_network(net: nn.Module, batch: Batch) -> Tensor:
+    """A network's outputs for a batch of the data room, padded or packed."""
+    packing = [batch[name] for name in Packing._fields] if "seq_idx" in batch else []
+    return net(batch["inputs"], batch.get("mask"), *packing)
 
 
 class Task(LightningModule):
@@ -44,6 +54,7 @@ class Task(LightningModule):
     """
 
     _followed = False  # whether this epoch's metrics are logged
+    distillation: Distillation | None = None  # teachers, of tasks that can learn from some
 
     def __init__(
         self,

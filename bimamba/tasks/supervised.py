@@ -13,9 +13,10 @@ from torchmetrics import MeanMetric, Metric
 from bimamba.packing import Packing
 from bimamba.spec import DataSpec
 from bimamba.strands import complements_for, other_strand
-from bimamba.tasks.base import Batch, Task
+from bimamba.tasks.base import Batch, Task, run_network
+from bimamba.tasks.distillation import Distillation
 from bimamba.tasks.losses import SampleLoss, Weights, probabilities
-from bimamba.tasks.metrics import make_confusion_matrix, make_metrics, make_train_metric, metric_inputs
+from bimamba.tasks.metrics import LossMean, make_confusion_matrix, make_metrics, make_train_metric, metric_inputs
 
 
 class SupervisedTask(Task):
@@ -23,6 +24,7 @@ class SupervisedTask(Task):
 
     Logs `train/loss` (epoch mean), `train/loss_step`, `train/accuracy`, and under `val/…`, `test/…` the loss and every
     metric of `metrics.make_metrics`, computed over the whole epoch and all processes, never averaged over batches.
+    With teachers `train/loss` is the weighted sum of both losses, and `train/loss_distill` the mean of theirs.
 
     Args:
         net: `net(inputs, mask) -> logits (b, spec.num_outputs)`; packed: `net(inputs, mask, seq_idx, bounds, order)`.
@@ -38,6 +40,8 @@ class SupervisedTask(Task):
             and calibration then belong to one output, and it is exactly what the same weights give with
             `model.rc_equivariant=true`, whose head is linear.
         test_time_flip: the same of images, as they are and mirrored left to right; where a mirror image is as likely.
+        distill: partial of `Distillation`, which gets spec and compile_options: trained networks to learn from beside
+            the labels, in training alone; losses and metrics of evaluations are those of the labels.
         compile, compile_options: see `Task`.
         checkpoint_extras: plain containers to be saved in every checkpoint (train.py: the configuration).
 
@@ -68,6 +72,7 @@ class SupervisedTask(Task):
         lr_scale: Mapping[str, float] | None = None,
         test_time_rc: bool = False,
         test_time_flip: bool = False,
+        distill: Callable[..., Distillation] | None = None,
     ) -> None:
         super().__init__(
             net, spec, optimizer, scheduler, compile, compile_options, checkpoint_extras, layer_decay, lr_scale
@@ -80,6 +85,11 @@ class SupervisedTask(Task):
             self.register_buffer("complement", _complement(net, spec), persistent=False)
         if test_time_flip and spec.kind != "image":
             raise ValueError(f"task.test_time_flip: expected images, got data of kind {spec.kind!r}")
+        if distill is not None:
+            made = distill(spec, compile_options=(compile_options or {}) if compile else None)
+            self.distillation = made if made.teachers else None
+        if self.distillation is not None:
+            self.distill_loss = LossMean()
         self.train_accuracy = make_train_metric(spec)
         evaluated = ("val", "test", "predict")
         metrics = {s: make_metrics(spec, f"{s}/", calibration_bins, thresholds) for s in evaluated}
@@ -92,8 +102,7 @@ class SupervisedTask(Task):
 
     def forward(self, batch: Batch) -> Tensor:
         """A batch of the data room to logits `(b, num_outputs)`."""
-        packing = [batch[name] for name in Packing._fields] if "seq_idx" in batch else []
-        return self.net(batch["inputs"], batch.get("mask"), *packing)
+        return run_network(self.net, batch)
 
     def logits_of_both_views(self, batch: Batch) -> Tensor:
         """Mean of a batch's logits and those of its reverse complements or mirror images, `(b, num_outputs)`."""
@@ -112,6 +121,9 @@ class SupervisedTask(Task):
             `probabilities`, float32 as of `losses.probabilities`; `id`; and, for labelled rows, `label` and
             `sample_loss (b)`; in training also `loss`.
         """
+        distillation = self.distillation if stage == "train" else None
+        # Before the student's own pass, between which and its backward pass no other network runs
+        target = distillation.target(batch) if distillation else None
         both = (self.test_time_rc or self.test_time_flip) and stage in ("test", "predict")
         logits = self.logits_of_both_views(batch) if both else self(batch)
         label = batch.get("label")
@@ -121,6 +133,10 @@ class SupervisedTask(Task):
         if label is None:
             return out
         sample_loss = self.loss(logits, label)
+        if distillation and target is not None:
+            distance = distillation.loss(logits, target)
+            self.distill_loss.update(distance.detach())
+            sample_loss = sample_loss.lerp(distance, distillation.weight)
         out |= {"label": label, "sample_loss": sample_loss.detach()}
         if stage == "train":
             out["loss"] = sample_loss.mean()
@@ -139,7 +155,8 @@ class SupervisedTask(Task):
 
     def train_metrics(self) -> dict[str, Metric]:
         accuracy = {} if self.train_accuracy is None else {"train/accuracy": self.train_accuracy}
-        return super().train_metrics() | accuracy
+        distance = {} if self.distillation is None else {"train/loss_distill": self.distill_loss}
+        return super().train_metrics() | accuracy | distance
 
     # --------------------------------------------------------------------------------------------- ends of epochs
 
@@ -162,6 +179,8 @@ class SupervisedTask(Task):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage == "fit" and self.distillation is not None:
+            self.distillation.place(self.trainer.precision_plugin, self.trainer.strategy.root_device)
         if stage == "fit" and self.loss.balanced:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             if not hasattr(data, "class_counts"):

@@ -28,11 +28,11 @@ def read(path, *options):
     return data.fingerprint, config.resolved(cfg)["data"]
 
 
-def said(then, now, resuming=False):
+def said(then, now, use="evaluated"):
     checkpoint = {"splits": then[0], "config": {"data": then[1]}}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        compare(checkpoint, *now, resuming=resuming)
+        compare(checkpoint, *now, use)
     return " ".join(str(w.message) for w in caught)
 
 
@@ -46,7 +46,7 @@ def test_other_rows_of_the_same_data_are_told(rows, tmp_path, monkeypatch):
     assert then[0]["rows"] == 29 and not said(then, read(rows))
     found = said(then, read(rows, "data.seed=5"))
     assert "may be among those tested (data.seed=5; the old rows come with data.seed=0)" in found
-    assert "29 training rows" in found and "may be trained on" in said(then, read(rows, "data.seed=5"), resuming=True)
+    assert "29 training rows" in found and "may be trained on" in said(then, read(rows, "data.seed=5"), "resumed")
     assert "data.test_fraction=0.5; " in said(then, read(rows, "data.test_fraction=0.5"))
     monkeypatch.chdir(tmp_path)
     relative = read(rows, "data.val_fraction=0.3")
