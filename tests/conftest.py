@@ -16,6 +16,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run on CPU tensors, by Triton's interpreter
     with contextlib.suppress(ImportError):  # no Triton: tests that need it say so
-        from interpreter import patch_once_a_launch
+        from interpreter import quicken
 
-        patch_once_a_launch()
+        quicken()
