@@ -94,8 +94,12 @@ class ClassTokenPooling(Pooling):
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model)
-        self.token = nn.Parameter(torch.empty(d_model).normal_(std=0.02))
+        self.token = nn.Parameter(torch.empty(d_model))
         undecayed(self, "token")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.token, std=0.02)
 
     def insert(
         self, x: Tensor, mask: Tensor | None, packing: Packing | None = None
