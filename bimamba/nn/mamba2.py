@@ -160,6 +160,14 @@ class _Mamba2(nn.Module):
         self.A_log.copy_(torch.empty_like(self.A_log, dtype=drawn).uniform_(*self.A_init_range).log())
         nn.init.ones_(self.D)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Mamba-2's and Bi-Mamba2's states have no direction: each here begins with them. (Bi-Mamba2 never reads its
+        # own, which stay zeros.)
+        given = state_dict.get(f"{prefix}init_states")
+        if given is not None and self.init_states is not None and given.shape == self.init_states.shape[1:]:
+            state_dict[f"{prefix}init_states"] = given.repeat(len(self.init_states), 1, 1, 1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, u: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """
         Args:
