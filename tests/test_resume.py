@@ -271,7 +271,8 @@ def test_a_resumed_training_that_is_killed_has_no_figures(tmp_path, monkeypatch)
     with pytest.raises(RuntimeError, match="crash"):
         trained(tmp_path, Losses(crash_after=8), go_on, "trainer.max_epochs=2", monkeypatch=monkeypatch)
     assert not any((tmp_path / name).exists() for name in names)
-    found, _ = find_metrics(tmp_path / "checkpoints" / "best.ckpt", {})
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    found, _ = find_metrics(best, load(best))
     assert not found
     with pytest.raises(ValueError, match="1 not finished"):
         find_runs([tmp_path])

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from runs import DIGITS, ROOT, composed, load, run, train
 
-from bimamba.checkpoint import read_checkpoint
+from bimamba.checkpoint import read_checkpoint, weights_digest
 from bimamba.overrides import with_checkpoint
 
 
@@ -88,6 +88,8 @@ def test_testing_repeats_no_override_and_gives_the_same_figures(fitted, tmp_path
         assert metrics[name] == pytest.approx(fitted[1][name], abs=1e-6), name
     assert (tmp_path / "predictions.parquet").is_file()
     assert (tmp_path / "plots" / "confusion_matrix_test.png").is_file()
+    weights = weights_digest(load(fitted[0] / "checkpoints" / "best.ckpt"))
+    assert json.loads((tmp_path / "evaluated.json").read_text()) == {"weights": weights}
     assert not (tmp_path / "checkpoints").exists()
 
 
