@@ -77,7 +77,10 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     plain, output_dir = config.resolved(cfg), Path(cfg.paths.output_dir)
     if cfg.extras.print_config:
         config.show(plain)
-    config.save(plain, output_dir / "config.yaml")
+    settings = output_dir / "config.yaml"
+    going_on = cfg.stage == "fit" and checkpoint is not None and settings.exists()
+    if not going_on:  # else SetAside does, when it goes on indeed
+        config.save(plain, settings)
     torch.set_float32_matmul_precision(cfg.extras.float32_matmul_precision)
     if cfg.seed is not None:  # 0 is a seed
         seed_everything(cfg.seed, workers=True)
@@ -106,8 +109,8 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     saved["splits"] = datamodule.fingerprint
     task: Any = make_task(cfg, spec, saved, checkpoint)
     callbacks = make_callbacks(cfg)
-    if checkpoint and cfg.stage == "fit":
-        callbacks.append(SetAside(cfg.paths.output_dir, cfg.paths.plot_dir))
+    if going_on:
+        callbacks.append(SetAside(cfg.paths.output_dir, cfg.paths.plot_dir, plain))
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=make_loggers(cfg))
     if is_initialized() and (started := get_world_size()) != trainer.world_size:
         raise ValueError(
