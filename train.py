@@ -24,9 +24,9 @@ from torch.distributed import get_world_size, is_initialized  # by name: cloudpi
 from bimamba import config
 from bimamba.allocator import keep_freed_memory
 from bimamba.callbacks import SaveOnInterrupt, SetAside, StopOnInterrupt
-from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
+from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint, weights_digest
 from bimamba.data.fingerprint import compare
-from bimamba.export import export
+from bimamba.export import EVALUATED, export
 from bimamba.files import write_json
 from bimamba.loggers import finish_wandb
 from bimamba.overrides import soften, with_checkpoint
@@ -77,7 +77,10 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
     plain, output_dir = config.resolved(cfg), Path(cfg.paths.output_dir)
     if cfg.extras.print_config:
         config.show(plain)
-    config.save(plain, output_dir / "config.yaml")
+    settings = output_dir / "config.yaml"
+    going_on = cfg.stage == "fit" and checkpoint is not None and settings.exists()
+    if not going_on:  # else SetAside does, when it goes on indeed
+        config.save(plain, settings)
     torch.set_float32_matmul_precision(cfg.extras.float32_matmul_precision)
     if cfg.seed is not None:  # 0 is a seed
         seed_everything(cfg.seed, workers=True)
@@ -110,8 +113,8 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
         for teacher in task.distillation.read(cfg.extras.trusted_modules):
             compare(teacher.training, datamodule.fingerprint, plain["data"], "teacher", teacher.origin)
     callbacks = make_callbacks(cfg)
-    if checkpoint and cfg.stage == "fit":
-        callbacks.append(SetAside(cfg.paths.output_dir, cfg.paths.plot_dir))
+    if going_on:
+        callbacks.append(SetAside(cfg.paths.output_dir, cfg.paths.plot_dir, plain))
     trainer: Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=make_loggers(cfg))
     if is_initialized() and (started := get_world_size()) != trainer.world_size:
         raise ValueError(
@@ -135,6 +138,8 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
             trainer.test(task, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
             metrics |= numbers(trainer.callback_metrics)
     elif cfg.stage == "test":
+        assert checkpoint is not None  # config.check
+        record(output_dir / EVALUATED, {"weights": weights_digest(checkpoint)})
         trainer.test(task, datamodule=datamodule, verbose=False)
         metrics |= numbers(trainer.callback_metrics)
     elif cfg.stage == "explain":

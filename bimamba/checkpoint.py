@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import pickle
 import re
@@ -109,6 +110,15 @@ def chosen_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     if weights == "average" and not both:
         raise ValueError("weights=average: the checkpoint was trained without callbacks.average, it has one set only")
     return {**checkpoint, "state_dict": checkpoint["current_model_state"]} if weights == "raw" and both else checkpoint
+
+
+def weights_digest(checkpoint: Mapping[str, Any]) -> str:
+    """Tells a checkpoint's weights from any others: SHA-256 of the names and values of its `state_dict`."""
+    digest = hashlib.sha256()
+    for name, value in sorted(checkpoint["state_dict"].items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

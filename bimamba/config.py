@@ -13,7 +13,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
+from hydra.experimental.callback import Callback
 from hydra.utils import get_object
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +26,7 @@ from torch.distributed import TCPStore
 
 from bimamba.checkpoint import has_resolver
 from bimamba.collect import flatten
+from bimamba.files import make_folder
 from bimamba.runs import find_checkpoint, quoted
 from bimamba.tasks.metrics import LARGE_IS_BETTER, SMALL_IS_BETTER, mode_of
 
@@ -366,6 +369,22 @@ def _tasks(devices: Any, accelerator: str | None = None) -> int | None:
         f"hydra=submitit: Slurm must be told how many processes a node starts, and trainer.devices={devices} does not "
         "say it; give the number of GPUs of a node, for instance trainer.devices=4"
     )
+
+
+class OutputFolder(Callback):
+    """Of Hydra (configs/hydra): makes the folder of a run, or of a sweep, before Hydra does, which shows a stack trace
+    where it cannot be made."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self._make(config, "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self._make(config, "hydra.sweep.dir")
+
+    def _make(self, config: DictConfig, key: str) -> None:
+        HydraConfig.instance().set_config(config)  # as Hydra does before it makes the folder, for ${hydra:…}
+        with clear_errors():
+            make_folder(Path(OmegaConf.select(config, key)), f"{key} (by default beneath paths.log_dir)")
 
 
 def _direction(metric: str | None, monitor: str, mode: str | None) -> str:

@@ -15,13 +15,14 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from bimamba.checkpoint import DRAWN_BY, IDENTITY, checkpoint_spec, load_weights
+from bimamba.checkpoint import DRAWN_BY, IDENTITY, checkpoint_spec, load_weights, weights_digest
 from bimamba.config import run_folder
 from bimamba.program import example, export_program, pytorch_path
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "model.pt2"
+EVALUATED = "evaluated.json"  # in a test's folder: which weights it was of; another training may write to their path
 VIEWS = ("test_time_rc", "test_time_flip")  # what decides how often each row is looked at
 
 
@@ -98,7 +99,7 @@ def gather(ckpt_path: Path, checkpoint: Mapping[str, Any], weights: str = "auto"
     run = run_folder(ckpt_path)
     preflight = _read(run / "preflight.json") if run else {}
     averaged = "current_model_state" in checkpoint
-    metrics, of = ({}, "") if averaged and weights == "raw" else find_metrics(ckpt_path, config)
+    metrics, of = ({}, "") if averaged and weights == "raw" else find_metrics(ckpt_path, checkpoint)
     trainer, task = config.get("trainer", {}), dict(config.get("task", {}))
     if not (task.get("distill") or {}).get("teachers"):
         task.pop("distill", None)
@@ -123,25 +124,27 @@ def gather(ckpt_path: Path, checkpoint: Mapping[str, Any], weights: str = "auto"
     }
 
 
-def find_metrics(ckpt_path: Path, config: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+def find_metrics(ckpt_path: Path, checkpoint: Mapping[str, Any]) -> tuple[dict[str, float], str]:
     """Test figures of exactly these weights on the run's own test rows, and where they are from; empty if unknown."""
     run = run_folder(ckpt_path)
     if run is None:
         return {}, ""
+    config = checkpoint.get("config", {})
     views = _views(config)
     said = f", by task.{views[0]} (the model itself gives the logits of one view)" if views else ""
     if ckpt_path.name == "best.ckpt":  # the one that train.py tests after fit
         found = _test_figures(run / "metrics.json")
         if found:
             return found, f"the test rows, once, with the checkpoint that validation chose{said}"
+    weights = weights_digest(checkpoint)
     for folder in sorted((run / "test").glob("*/"), reverse=True):
-        if not (folder / "config.yaml").is_file():
+        if _read(folder / EVALUATED).get("weights") != weights or not (folder / "config.yaml").is_file():
             continue
         of: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
         # An evaluation on other rows does not belong into a model's card
         same = all(of.get("data", {}).get(k) == config.get("data", {}).get(k) for k in (*IDENTITY, *DRAWN_BY))
         same &= _views(of) == views
-        if same and Path(of["ckpt_path"]).resolve() == ckpt_path.resolve():
+        if same:
             found = _test_figures(folder / "metrics.json")
             if found:
                 return found, f"the test rows, by stage=test ({folder.name}){said}"

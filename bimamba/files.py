@@ -1,4 +1,4 @@
-"""Files: small ones that are either whole or not there, and those of one name beneath a folder."""
+"""Files: small ones that are either whole or not there, those of one name beneath a folder, and folders for them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A readable JSON file, whole or not there."""
     write_whole(path, json.dumps(dict(values), indent=2, sort_keys=True) + "\n")
+
+
+def make_folder(folder: Path, key: str) -> None:
+    """A folder to write to, with those above it; `key` is the option that names it.
+
+    Raises:
+        ValueError: something stands in its way, or nothing may be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "no permission to write there"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise ValueError(f"{key}: expected a folder that can be made and written to, got {folder} ({reason})")
 
 
 def beneath(folder: Path, name: str) -> list[Path]:

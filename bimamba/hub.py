@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from safetensors.torch import save
 from torch import nn
@@ -56,6 +57,7 @@ class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
         local_files_only: bool = False,
         revision: str | None = None,
         trusted_modules: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
     ) -> HubModel:
         """The model of a folder or of a repository of the Hub, on the CPU and in evaluation mode. Runs no code of it.
 
@@ -63,11 +65,17 @@ class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
             pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or `user/model`.
             force_download, token, cache_dir, local_files_only, revision: as of `huggingface_hub.snapshot_download`.
             trusted_modules: modules besides `bimamba.nn` and `bimamba.models` that its parts may come from.
+            dtype: of all parameters, as by `model.to(dtype)`, and so of the images that it is given; None: float32,
+                whatever was saved. `A_log`, `dt_bias` and `D` are rounded with the rest (the scan reckons with them in
+                float32 all the same); float32 under `torch.autocast` rounds none of them.
 
         Raises:
             FileNotFoundError: no such folder or repository, or one of its files is missing.
-            ValueError: a damaged file, a part that is not trusted, or weights that do not fit the configuration.
+            ValueError: a damaged file, a part that is not trusted, weights that do not fit the configuration, or a
+                dtype that is none of floating-point numbers.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype: expected one of floating-point numbers, such as torch.bfloat16, got {dtype!r}")
         folder = find_folder(
             pretrained_model_name_or_path,
             force_download=force_download,
@@ -93,7 +101,7 @@ class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
                 f"{given.origin}: its configuration describes no model of this version ({error})"
             ) from error
         load_weights(model, {"state_dict": given.state})
-        return model.eval()
+        return model.to(dtype).eval()
 
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any) -> str:
         """As of `ModelHubMixin`; the card has the repository's name, unless `model_card_kwargs` says another."""

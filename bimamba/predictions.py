@@ -16,6 +16,7 @@ FILE = "predictions.parquet"  # of a test or prediction, in its folder
 # Keys of a table's metadata
 PROBLEM = "bimamba.problem"
 MEMBERS = "bimamba.members"  # of an ensemble: of how many runs it is the mean
+UNNAMED = ("0",)  # names of one target of a regression that nobody has named
 
 
 class Decision(NamedTuple):
@@ -63,15 +64,16 @@ def prediction_table(spec: DataSpec, ids: list[str], probabilities: np.ndarray, 
 
     Returns:
         Columns `id`, `prediction`, `label` if known, and `probability_<class>` for each class. Multilabel: predictions
-        and labels are lists of names. Regression: `prediction_<target>` and `label_<target>`.
+        and labels are lists of names. Regression: `prediction_<target>` and `label_<target>`; of one target without a
+        name `prediction` and `label`.
     """
     columns: dict[str, Any] = {"id": pa.array(ids, pa.string())}
     names = spec.class_names
     if spec.problem == "regression":
-        for i, name in enumerate(names):
-            columns[f"prediction_{name}"] = pa.array(probabilities[:, i], pa.float32())
+        for i, target in enumerate([""] if names == UNNAMED else [f"_{name}" for name in names]):
+            columns[f"prediction{target}"] = pa.array(probabilities[:, i], pa.float32())
             if labels is not None:
-                columns[f"label_{name}"] = pa.array(labels[:, i], pa.float32())
+                columns[f"label{target}"] = pa.array(labels[:, i], pa.float32())
         return pa.table(columns, metadata={PROBLEM: spec.problem})
     if spec.problem == "multilabel":
         columns["prediction"] = _listed(names, probabilities)
@@ -160,6 +162,9 @@ def read_predictions(path: Path) -> Predictions:
         )
     if not len(table):
         raise ValueError(f"{path}: expected predictions, got a table without rows")
+    if problem == "regression" and "prediction" in table.column_names:
+        number = {"prediction": f"prediction_{UNNAMED[0]}", "label": f"label_{UNNAMED[0]}"}  # as earlier versions wrote
+        table = table.rename_columns([number.get(c, c) for c in table.column_names])
     prefix = "prediction_" if problem == "regression" else "probability_"
     names = tuple(c.removeprefix(prefix) for c in table.column_names if c.startswith(prefix))
     values = np.stack([table[prefix + name].to_numpy() for name in names], axis=1)

@@ -11,6 +11,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from bimamba.files import make_folder
+
 NAMES = ("last", "best", "auto")  # what `ckpt_path=` understands besides a file
 
 
@@ -89,13 +91,14 @@ def claimed(output_dir: str | Path, fresh: bool, stage: str = "fit") -> Iterator
         stage: an evaluation must not find a training either: its figures would take the place of that one's.
 
     Raises:
-        ValueError: another run writes there at this moment, or there are checkpoints and must not be.
+        ValueError: another run writes there at this moment, there are checkpoints and must not be, or there can be no
+            such folder.
     """
     if getattr(rank_zero_only, "rank", 0) != 0:
         yield
         return
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir, "paths.output_dir")
     owner, lock = output_dir / ".run", FileLock(output_dir / ".run.lock")
     try:
         lock.acquire(timeout=0)

@@ -57,6 +57,21 @@ def test_a_table_is_read_as_it_was_written_and_averaged(tmp_path, problem, class
     assert (tmp_path / "runs" / "ensemble" / "metrics.json").exists() == labels
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_one_target_without_a_name_is_the_prediction(tmp_path, labels):
+    found = predictions("regression", 1, labels=labels)._replace(class_names=("0",))
+    table = found.table()
+    assert table.column_names == ["id", "prediction", *(["label"] if labels else [])]
+    earlier = table.rename_columns(["id", "prediction_0", *(["label_0"] if labels else [])])  # as they were called
+    earlier = earlier.replace_schema_metadata(table.schema.metadata)
+    for name, written in (("new", table), ("old", earlier)):
+        write_predictions(tmp_path / name / FILE, written)
+        again = read_predictions(tmp_path / name / FILE)
+        assert again.class_names == ("0",)
+        np.testing.assert_array_equal(again.probabilities, found.probabilities)
+        np.testing.assert_equal(again.labels, found.labels)
+
+
 def test_one_network_twice_has_the_metrics_of_its_test(tmp_path):
     tested = run(tmp_path / "a", *DIGITS, "trainer.max_epochs=1", "logger=none", "callbacks.learning_curves=null")
     again = write(tmp_path / "b", read_predictions(tmp_path / "a" / FILE))

@@ -83,6 +83,18 @@ def test_models_come_back_as_they_were(spec, options, tmp_path):
     assert torch.equal(outputs(again), outputs(model))
 
 
+def test_dtype_is_that_of_to(folder):
+    model = Classifier.from_pretrained(folder, dtype=torch.bfloat16)
+    expected = make().to(torch.bfloat16).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    tokens = torch.randint(1, 5, (2, 20))
+    # 0.004 was measured, of values up to 1.4
+    torch.testing.assert_close(model.features(tokens).float(), make().features(tokens), atol=0.03, rtol=0)
+    for wrong in (torch.int8, "bfloat16"):
+        with pytest.raises(ValueError, match="dtype: expected one of floating-point numbers"):
+            Classifier.from_pretrained(folder, dtype=wrong)
+
+
 def test_the_files_are_plain(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
     config = json.loads((folder / CONFIG).read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))

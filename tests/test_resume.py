@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from lightning.pytorch import Callback
 from runs import DIGITS, load, run, train
 
@@ -262,16 +263,21 @@ def test_a_moved_run_knows_its_best(tmp_path):
 
 
 def test_a_resumed_training_that_is_killed_has_no_figures(tmp_path, monkeypatch):
-    """Those of its first part are not of the `best.ckpt` that it has overwritten."""
+    """Those of its first part are not of the `best.ckpt` that it has overwritten, nor of its configuration; those that
+    fail before they begin change neither."""
     options = [*DIGITS, "callbacks.learning_curves=null", "callbacks.examples=null", "trainer.max_epochs=1"]
     run(tmp_path, *options)
     names = ("metrics.json", "predictions.parquet", "plots/confusion_matrix_test.png")
     done = [(tmp_path / name).read_bytes() for name in names]
     go_on = f"ckpt_path={tmp_path / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(InstantiationException, match=r"data\.val_fraction"):
+        run(tmp_path, go_on, "trainer.max_epochs=2", "data.val_fraction=2")
+    assert [r.config["trainer.max_epochs"] for r in find_runs([tmp_path])[0]] == [1]
     with pytest.raises(RuntimeError, match="crash"):
         trained(tmp_path, Losses(crash_after=8), go_on, "trainer.max_epochs=2", monkeypatch=monkeypatch)
     assert not any((tmp_path / name).exists() for name in names)
-    found, _ = find_metrics(tmp_path / "checkpoints" / "best.ckpt", {})
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    found, _ = find_metrics(best, load(best))
     assert not found
     with pytest.raises(ValueError, match="1 not finished"):
         find_runs([tmp_path])
@@ -279,6 +285,7 @@ def test_a_resumed_training_that_is_killed_has_no_figures(tmp_path, monkeypatch)
     assert [path.read_bytes() for path in aside] == done
     run(tmp_path, go_on, "trainer.max_epochs=2")
     assert all((tmp_path / name).exists() for name in names)
+    assert [r.config["trainer.max_epochs"] for r in find_runs([tmp_path])[0]] == [2]
 
 
 def test_two_runs_in_one_folder_are_one_clear_error(tmp_path):

@@ -13,10 +13,13 @@ import warnings
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from PIL import Image
 from runs import DIGITS, ROOT, composed, load, run, train
 
-from bimamba.checkpoint import read_checkpoint
+from bimamba.checkpoint import read_checkpoint, weights_digest
 from bimamba.overrides import with_checkpoint
 
 
@@ -88,6 +91,8 @@ def test_testing_repeats_no_override_and_gives_the_same_figures(fitted, tmp_path
         assert metrics[name] == pytest.approx(fitted[1][name], abs=1e-6), name
     assert (tmp_path / "predictions.parquet").is_file()
     assert (tmp_path / "plots" / "confusion_matrix_test.png").is_file()
+    weights = weights_digest(load(fitted[0] / "checkpoints" / "best.ckpt"))
+    assert json.loads((tmp_path / "evaluated.json").read_text()) == {"weights": weights}
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -274,6 +279,19 @@ def test_bad_values(tmp_path, monkeypatch, overrides, message):
     with pytest.raises(SystemExit) as caught, train.config.clear_errors():
         run(tmp_path, *DIGITS, *overrides)
     assert message in str(caught.value) and str(caught.value).startswith("error: ")
+
+
+def test_a_folder_that_cannot_be_made_is_one_message_with_its_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # whatever stands there afterwards is taken back
+    (tmp_path / "logs").touch()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", [f"paths.log_dir={tmp_path / 'logs'}"], return_hydra_config=True)
+    folder = instantiate(cfg.hydra.callbacks.output_folder)
+    for begins, key in ((folder.on_run_start, "run"), (folder.on_multirun_start, "sweep")):
+        with pytest.raises(SystemExit, match=rf"^error: hydra\.{key}\.dir .*paths\.log_dir.*Not a directory"):
+            begins(config=cfg)
+    with pytest.raises(ValueError, match=r"paths\.output_dir: expected a folder .*Not a directory"):
+        train.claimed(tmp_path / "logs" / "run", fresh=True).__enter__()
 
 
 def test_clear_errors_are_one_message(capsys):

@@ -85,10 +85,13 @@ class Backbone(nn.Module):
         )
         self.norm = RMSNorm(d_model)
         self.checkpoint_blocks = checkpoint_blocks
-        branches = depth * (1 if mlp is None else 2)
+        self.branches = depth * (1 if mlp is None else 2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         for name, parameter in self.named_parameters():
             if name.endswith("out_proj.weight"):  # GPT-2: the residual stream's variance stays that of one branch
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(branches))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(self.branches))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """x: `(b, l, d_model)`; mask: `(b, l)` bool, False at padding; seq_idx: `(b, l)`, packed sequences."""
@@ -128,6 +131,9 @@ class Head(nn.Module):
     def __init__(self, d_model: int, num_outputs: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout, self.proj = nn.Dropout(dropout), nn.Linear(d_model, num_outputs)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.proj.weight, std=0.02)
         nn.init.zeros_(self.proj.bias)
 
@@ -215,10 +221,15 @@ class Classifier(HubModel):
         )
         self.head = Head(d_model, spec.num_outputs, head_dropout)
         if rc_equivariant:
-            self._know_strands()
+            self._know_strands("cpu")
         if pretrained is not None:
             load_pretrained(self, pretrained)
         self.frozen = frozen_parts(self, freeze)
+
+    def reset_parameters(self) -> None:
+        """The complements, which `to_empty` empties, too; what is learned belongs to the parts."""
+        if self.rc_equivariant:
+            self._know_strands(self.complement.device)
 
     def train(self, mode: bool = True) -> Classifier:
         """As of every module, but what is frozen stays in evaluation mode."""
@@ -288,9 +299,12 @@ class Classifier(HubModel):
         assert packing is not None  # a pooling keeps what it is given
         return self.pooling(self.backbone(x, mask, packing.seq_idx), mask, packing)
 
-    def _know_strands(self) -> None:
-        """What `rc_equivariant` needs: complements of token ids and, for an output a letter, of the classes."""
-        complement = complements_for("model.rc_equivariant", self.spec)
+    def _know_strands(self, device: torch.device | str) -> None:
+        """What `rc_equivariant` needs: complements of token ids and, for an output a letter, of the classes.
+
+        On the CPU at first, whatever else is made on meta: no state dict has them, so that they would stay there.
+        """
+        complement = complements_for("model.rc_equivariant", self.spec).to(device)
         self.register_buffer("complement", complement, persistent=False)
         if isinstance(self.pooling, TokenPooling):
             names = self.spec.class_names
@@ -299,8 +313,7 @@ class Classifier(HubModel):
                     "model.rc_equivariant: an output a token needs classes that are letters with their complements "
                     f"(A, C, G, T: pretraining), got {list(names)}"
                 )
-            # On the CPU, as complement is: no state dict has it, so what is made on meta would stay there
-            letters = torch.tensor([names.index(PAIRS[name]) for name in names], device="cpu")
+            letters = torch.tensor([names.index(PAIRS[name]) for name in names], device=device)
             self.register_buffer("letters", letters, persistent=False)
 
     def _check(self, inputs: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> None:

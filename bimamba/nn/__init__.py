@@ -1,4 +1,8 @@
-"""Modules: mixers, residual blocks, embeddings and pooling."""
+"""Modules: mixers, residual blocks, embeddings and pooling.
+
+After `to_empty`, of a model that was made on meta, each module's `reset_parameters` draws what it owns, and what it
+begins in another way than the part that owns it: parts first, as `reversed(list(model.modules()))` has them.
+"""
 
 from .attention import Attention
 from .block import MLP, Block, DropPath, LayerScale

@@ -43,7 +43,12 @@ class LayerScale(nn.Module):
 
     def __init__(self, d_model: int, init: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((d_model,), init))
+        self.init = init
+        self.gamma = nn.Parameter(torch.empty(d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, self.init)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma

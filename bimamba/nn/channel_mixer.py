@@ -39,9 +39,13 @@ class ChannelMixer(nn.Module):
                 f"model.channel_mixer.headdim: expected a divisor of expand * group = {expand * group}, got {headdim}"
             )
         self.d_model, self.group = d_model, group
-        self.offset = nn.Parameter(torch.empty(d_model // group, group).normal_(std=0.02))
+        self.offset = nn.Parameter(torch.empty(d_model // group, group))
         undecayed(self, "offset")
+        self.reset_parameters()
         self.mixer = BiMamba2(group, d_state, d_conv, expand=expand, headdim=headdim)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.offset, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """x: `(b, l, d_model)`; the result has its shape, and each token's depends on that token alone, whatever mask

@@ -32,8 +32,13 @@ class Positions(nn.Module):
             raise ValueError(f"positions: expected one of {POSITIONS}, got {kind!r}")
         self.kind, self.d_model, self.max_length = kind, d_model, max_length
         if kind == "learned":
-            self.table = nn.Parameter(torch.empty(max_length, d_model).normal_(std=0.02))
+            self.table = nn.Parameter(torch.empty(max_length, d_model))
             undecayed(self, "table")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.kind == "learned":
+            nn.init.normal_(self.table, std=0.02)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         if self.kind == "none":

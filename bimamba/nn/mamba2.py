@@ -29,7 +29,11 @@ class RMSNormGated(nn.Module):
     ):
         super().__init__()
         self.eps, self.norm_before_gate, self.group_size = eps, norm_before_gate, group_size
-        self.weight = nn.Parameter(torch.ones(d, **factory))
+        self.weight = nn.Parameter(torch.empty(d, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         return rms_norm_gated(y, z, self.weight, self.eps, self.norm_before_gate, self.group_size)
@@ -122,24 +126,43 @@ class _Mamba2(nn.Module):
         d_xBC = self.d_inner + self.directions * 2 * d_BC
         # Holds the parameters alone: the convolution itself runs channels last, with padding and packing respected.
         self.conv1d = nn.Conv1d(d_xBC, d_xBC, d_conv, groups=d_xBC, bias=conv_bias, **factory)
-        if conv_init is not None:
-            nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
         if learnable_init_states:
-            states = torch.zeros(2 if self.bidirectional else 1, self.nheads, headdim, d_state, **factory)
+            states = torch.empty(2 if self.bidirectional else 1, self.nheads, headdim, d_state, **factory)
             self.init_states = nn.Parameter(states)
         else:
             self.register_parameter("init_states", None)
-
         heads = self.directions * self.nheads
-        dt = torch.exp(torch.rand(heads, device=device) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
-        dt = dt.clamp(min=dt_init_floor)
-        self.dt_bias = nn.Parameter((dt + torch.log(-torch.expm1(-dt))).to(dtype))  # softplus inverted
-        A = torch.empty(heads, device=device).uniform_(*A_init_range)
-        self.A_log = nn.Parameter(torch.log(A).to(dtype))
-        self.D = nn.Parameter(torch.ones(self.nheads, **factory))
+        self.dt_bias = nn.Parameter(torch.empty(heads, **factory))
+        self.A_log = nn.Parameter(torch.empty(heads, **factory))
+        self.D = nn.Parameter(torch.empty(self.nheads, **factory))
+        self.conv_init, self.A_init_range = conv_init, (A_init_range[0], A_init_range[1])
+        self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
+        self.reset_parameters()
         undecayed(self, "init_states", "dt_bias", "A_log", "D")
         self.norm = RMSNormGated(self.d_inner, norm_before_gate=norm_before_gate, **factory)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.conv_init is not None:
+            nn.init.uniform_(self.conv1d.weight, -self.conv_init, self.conv_init)
+        if self.init_states is not None:
+            nn.init.zeros_(self.init_states)
+        drawn = torch.get_default_dtype()  # not the parameters', which may be a coarse one
+        lowest, highest = math.log(self.dt_min), math.log(self.dt_max)
+        dt = torch.exp(torch.rand_like(self.dt_bias, dtype=drawn) * (highest - lowest) + lowest)
+        dt = dt.clamp(min=self.dt_init_floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus inverted
+        self.A_log.copy_(torch.empty_like(self.A_log, dtype=drawn).uniform_(*self.A_init_range).log())
+        nn.init.ones_(self.D)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Mamba-2's and Bi-Mamba2's states have no direction: each here begins with them. (Bi-Mamba2 never reads its
+        # own, which stay zeros.)
+        given = state_dict.get(f"{prefix}init_states")
+        if given is not None and self.init_states is not None and given.shape == self.init_states.shape[1:]:
+            state_dict[f"{prefix}init_states"] = given.repeat(len(self.init_states), 1, 1, 1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, u: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """

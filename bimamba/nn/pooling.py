@@ -1,4 +1,4 @@
-"""From tokens to one vector a sequence, padding excluded.
+"""From tokens to one vector a sequence, padding excluded; zeros where there is nothing but padding.
 
 A pooling has two steps: `insert` may add tokens before the first block, `forward` pools after the last one. In a packed
 batch (`bimamba.packing`) both serve each sequence of a row by itself, with matrix products over `(slots, l)` instead of
@@ -54,12 +54,15 @@ class MaxPooling(Pooling):
     """The largest value of each channel among the real tokens."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
-        if packing is None:
-            return (x if mask is None else x.masked_fill(~mask[..., None], -torch.inf)).amax(dim=1)
-        x = x.masked_fill(~members(packing).any(1)[..., None], -torch.inf)
-        largest = x.new_full((x.shape[0], packing.bounds.shape[1] - 1, x.shape[2]), -torch.inf)
-        index = packing.seq_idx.long()[..., None].expand_as(x)
-        return pick(largest.scatter_reduce(1, index, x, "amax"), packing)
+        if packing is not None:
+            x = x.masked_fill(~members(packing).any(1)[..., None], -torch.inf)
+            least = x.new_full((x.shape[0], packing.bounds.shape[1] - 1, x.shape[2]), -torch.inf)
+            largest = least.scatter_reduce(1, packing.seq_idx.long()[..., None].expand_as(x), x, "amax")
+            return pick(largest.masked_fill(_empty(packing), 0.0), packing)
+        if mask is None:
+            return x.amax(dim=1)
+        largest = x.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
+        return largest.masked_fill(~mask.any(dim=1, keepdim=True), 0.0)
 
 
 class AttentionPooling(Pooling):
@@ -71,13 +74,14 @@ class AttentionPooling(Pooling):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         score = self.score(x)
+        least = torch.finfo(score.dtype).min  # not -inf: where no token is real, that would become NaN
         if packing is not None:
             keep = members(packing)
-            # the least number, not -inf: a slot without a sequence has no token, and must not become NaN
-            score = score.mT.expand(keep.shape).masked_fill(~keep, torch.finfo(score.dtype).min)
-            return pick(_mix(score.softmax(dim=-1), x, keep), packing)
+            score = score.mT.expand(keep.shape).masked_fill(~keep, least)
+            mean = _mix(score.softmax(dim=-1), x, keep)
+            return pick(mean.masked_fill(_empty(packing), 0.0), packing)
         if mask is not None:
-            score = score.masked_fill(~mask[..., None], -torch.inf)
+            score = score.masked_fill(~mask[..., None], least)
             x = torch.where(mask[..., None], x, 0.0)
         return (score.softmax(dim=1) * x).sum(dim=1)
 
@@ -90,8 +94,12 @@ class ClassTokenPooling(Pooling):
 
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model)
-        self.token = nn.Parameter(torch.empty(d_model).normal_(std=0.02))
+        self.token = nn.Parameter(torch.empty(d_model))
         undecayed(self, "token")
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.token, std=0.02)
 
     def insert(
         self, x: Tensor, mask: Tensor | None, packing: Packing | None = None
@@ -142,6 +150,11 @@ class ClassTokenPooling(Pooling):
     def _middles(packing: Packing) -> Tensor:
         """Place of each sequence's class token in its row, `(rows, slots)`; the packing counts it."""
         return packing.bounds[:, :-1] + (packing.bounds.diff(dim=1) - 1).clamp(min=0) // 2
+
+
+def _empty(packing: Packing) -> Tensor:
+    """Slots without a token, `(rows, slots, 1)`."""
+    return packing.bounds.diff(dim=1)[..., None] == 0
 
 
 PIECE = 256  # tokens: products of few rows and one long sum leave most of a GPU idle

@@ -56,9 +56,12 @@ class DepthwisePowersConv1d(nn.Module):
     def __init__(self, channels: int, reach: int) -> None:
         super().__init__()
         self.taps = powers(reach)
-        weight = torch.zeros(len(self.taps), channels)
-        weight[len(self.taps) // 2] = 1.0
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(torch.empty(len(self.taps), channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.weight[len(self.taps) // 2])
 
     def forward(self, x: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """mask: `(b, l)` bool, False at padding. seq_idx: `(b, l)`, packed sequences."""

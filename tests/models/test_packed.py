@@ -113,6 +113,23 @@ def test_noise_at_padding_reaches_nobody(pooling):
     torch.testing.assert_close(model(noisy, mask, *rest), model(inputs, mask, *rest))
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("pooling", [p for p in POOLINGS if p != "cls"])
+def test_nothing_but_padding_gives_zeros_and_finite_gradients(pooling, layout):
+    torch.manual_seed(0)
+    pool, x = POOLINGS[pooling](4), torch.randn(2, 5, 4, requires_grad=True)
+    if layout == "padded":
+        pooled = pool(x, torch.tensor([[True] * 3 + [False] * 2, [False] * 5]))
+    else:  # an empty sequence beside another one, and one with a row to itself
+        row, start, lengths = np.array([0, 0, 1]), np.array([0, 3, 0]), np.array([3, 0, 0])
+        pooled = pool(x, None, describe(row, start, lengths, 5))
+    torch.testing.assert_close(pooled[:1], pool(x[:1, :3]))
+    assert (pooled[1:] == 0).all()
+    pooled.sum().backward()
+    assert x.grad[0, :3].abs().sum() > 0 and (x.grad[0, 3:] == 0).all() and (x.grad[1] == 0).all()
+    assert all(p.grad.isfinite().all() for p in pool.parameters())
+
+
 def test_sequences_of_a_row_are_dropped_one_by_one():
     drop = DropPath(0.5)
     seq_idx = torch.arange(400).repeat_interleave(3)[None]

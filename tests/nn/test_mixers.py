@@ -108,6 +108,16 @@ def test_state_dict_names_are_bi_mamba2s():
     make("bimamba2", seed=1).load_state_dict(state)
 
 
+@pytest.mark.parametrize("name", ["states", "causal states"])
+def test_states_without_a_direction_are_loaded_for_each(name):
+    mixer = make(name)
+    given = torch.randn(mixer.init_states.shape[1:])  # as Bi-Mamba2 and Mamba-2 save them
+    mixer.load_state_dict(mixer.state_dict() | {"init_states": given})
+    assert all(torch.equal(states, given) for states in mixer.init_states)
+    with pytest.raises(RuntimeError, match="size mismatch for init_states"):
+        mixer.load_state_dict(mixer.state_dict() | {"init_states": given[:1]})
+
+
 @pytest.mark.filterwarnings("ignore:bimamba runs its PyTorch path on meta")
 @pytest.mark.parametrize("name", MIXERS)
 def test_shapes_come_out_on_the_meta_device(name):
