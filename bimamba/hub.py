@@ -84,7 +84,7 @@ class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
             local_files_only=local_files_only,
             revision=revision,
         )
-        return cls.built(read_folder(folder, trusted_modules))
+        return cls.built(read_folder(folder, trusted_modules)).to(dtype)
 
     @classmethod
     def built(cls, given: Pretrained) -> HubModel:
@@ -101,7 +101,7 @@ class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
                 f"{given.origin}: its configuration describes no model of this version ({error})"
             ) from error
         load_weights(model, {"state_dict": given.state})
-        return model.to(dtype).eval()
+        return model.eval()
 
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any) -> str:
         """As of `ModelHubMixin`; the card has the repository's name, unless `model_card_kwargs` says another."""
