@@ -32,7 +32,9 @@ def expect_device(name: str, x: Tensor, /, **others: Tensor | None) -> None:
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`; torch refuses the question for some, such as meta."""
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Dynamo (2.11) cannot trace whether there is one; what is compiled runs on a device that has
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return available and torch.is_autocast_enabled(kind)
 
 
 def choose_backend(x: Tensor, backend: str, backends: tuple[str, ...], refusal: Callable[[], str | None]) -> str:

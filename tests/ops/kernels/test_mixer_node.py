@@ -167,7 +167,9 @@ def test_operator(recompute, tied):
     expected = results(module, u, None, None, recompute)
     torch._dynamo.reset()
     module.compile(fullgraph=True, backend="aot_eager")
-    got = results(module, u, None, None, recompute)
+    untraceable = torch._dynamo.disable(torch.amp.is_autocast_available)  # as it is for torch 2.11
+    with mock.patch("torch.amp.is_autocast_available", untraceable):
+        got = results(module, u, None, None, recompute)
     for name, value in expected.items():
         assert relative_error(got[name], value) < 2e-6, name
 
@@ -183,7 +185,7 @@ def test_nothing_but_the_input_is_kept(adapted):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         module(u)
     own = {p.data_ptr() for p in module.parameters()}
-    assert {t.data_ptr() for t in kept} - own <= {u.data_ptr()}
+    assert {t.data_ptr() for t in kept if t.numel()} - own <= {u.data_ptr()}
 
 
 def test_single_tokens():
