@@ -11,6 +11,7 @@ from runs import DIGITS, QUIET, load, run
 from torch.utils.data import DataLoader
 
 from bimamba.data.collate import pack_rows
+from bimamba.export import gather
 from bimamba.models import Classifier
 from bimamba.nn import Attention, BiMamba2, ClassTokenPooling
 from bimamba.packing import Packing
@@ -284,6 +285,8 @@ def test_a_student_is_trained_tested_and_exported_and_resumed_only_with_its_teac
         run(tmp_path / "out", "stage=export", f"ckpt_path={last}", "extras.print_config=false", "export.program=false")
         card = (tmp_path / "out" / "model" / "README.md").read_text()
         assert "| task.distill.teachers | ['teacher', 'half.ckpt'] |" in card
+        half = folder / "half.ckpt"  # had no teacher
+        assert "distill" not in gather(half, load(half))["protocol"]["task"]
         with pytest.raises(FileNotFoundError, match=r"task\.distill\.teachers: no folder or file at .*teacher"):
             run(folder / "student", f"ckpt_path={last}", "trainer.max_epochs=2")
     finally:
