@@ -196,8 +196,8 @@ class _Mamba2(nn.Module):
         if not (self.use_mem_eff_path and torch.is_grad_enabled()):
             return self._mixed(u, mask, seq_idx)
         if self._is_one_node(u, mask) and self._projects_plainly(u):
-            u = u.to(torch.get_autocast_dtype(u.device.type)) if autocasts(u) else u
-            return self._as_one_node(u, mask, seq_idx, whole=True)
+            dtype = torch.get_autocast_dtype(u.device.type) if autocasts(u) else u.dtype
+            return self._as_one_node(u.to(dtype), mask, seq_idx, whole=True)
         return checkpoint(self._mixed, u, mask, seq_idx, use_reentrant=False)
 
     def _mixed(self, u: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
@@ -220,7 +220,7 @@ class _Mamba2(nn.Module):
     def _projects_plainly(self, u: Tensor) -> bool:
         """Whether that node may take the projections, too."""
         plain = _is_plain(self.in_proj, Projection) and _is_plain(self.out_proj, nn.Linear)
-        return plain and (autocasts(u) or u.dtype == self.in_proj.weight.dtype)
+        return plain and (autocasts(u) or u.dtype == self.in_proj.weight.dtype == self.out_proj.weight.dtype)
 
     def _as_one_node(self, source: Tensor, mask: Tensor | None, seq_idx: Tensor | None, whole: bool = False) -> Tensor:
         """Of the input projection to the gated norm's output or, `whole`, of its input to the layer's output."""
@@ -248,11 +248,13 @@ class _Mamba2(nn.Module):
             A_log=self.A_log,
             D=self.D,
             norm_weight=self.norm.weight,
-            in_weight=self.in_proj.weight if whole else None,
-            in_bias=self.in_proj.bias if whole else None,
-            out_weight=self.out_proj.weight if whole else None,
-            out_bias=self.out_proj.bias if whole else None,
         )
+        if whole:
+            weight, bias = aligned(source, self.in_proj.weight.to(source.dtype), self.in_proj.bias)
+            out_weight = self.out_proj.weight.to(source.dtype)
+            parameters = parameters._replace(
+                in_weight=weight, in_bias=bias, out_weight=out_weight, out_bias=self.out_proj.bias
+            )
         return mixer(source, mask, seq_idx, parameters, form)
 
     def _after_projection(self, projected: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:

@@ -23,7 +23,6 @@ from .entrance import below_autograd, differentiable, enter, implement, once
 from .gated_norm.kernels import norm_backward, norm_forward
 from .launch import once_a_form
 from .prepare import Prepared, prepare
-from .projection import aligned
 from .ssd.binding import states_fit
 from .ssd.kernels.choose import Problem, layout, problem_of
 from .ssd.kernels.scan import Inputs, Saved, scan_backward, scan_forward
@@ -59,9 +58,9 @@ class Parameters(NamedTuple):
     A_log: Tensor  # likewise: A = -exp(A_log)
     D: Tensor  # (h)
     norm_weight: Tensor  # (d_inner)
-    in_weight: Tensor | None = None  # (columns, d_model); None: no projections
+    in_weight: Tensor | None = None  # (columns, d_model), in the dtype to compute in; None: no projections
     in_bias: Tensor | None = None
-    out_weight: Tensor | None = None  # (d_model, d_inner)
+    out_weight: Tensor | None = None  # (d_model, d_inner), likewise
     out_bias: Tensor | None = None
 
 
@@ -109,7 +108,7 @@ _library.define(
 
 def _forward(source, mask, seq_idx, *rest):
     p, form = Parameters(*rest[:_COUNT]), Form(*rest[_COUNT:])
-    projected, _ = _projected(source, p)
+    projected = _projected(source, p)
     plan = _plan_of(projected, p, form, mask is not None, seq_idx is not None)
     z, xBC, dt, _ = projected.split_with_sizes(plan.widths, -1)
     flags = kernel_flags(mask, seq_idx)
@@ -120,7 +119,7 @@ def _forward(source, mask, seq_idx, *rest):
     out = z.new_empty(z.shape)
     norm_forward(y, z, p.norm_weight, *plan.norm, out)
     if p.out_weight is not None:
-        out = _linear(out, p.out_weight.to(out.dtype), p.out_bias)
+        out = _linear(out, p.out_weight, p.out_bias)
     if not form.keep:
         return [out]
     return [out, *exact, *parts, y, *(y.new_empty(0) if t is None else t for t in saved[:2])]
@@ -128,7 +127,7 @@ def _forward(source, mask, seq_idx, *rest):
 
 def _backward(dout, source, mask, seq_idx, *rest):
     p, kept, form = Parameters(*rest[:_COUNT]), rest[_COUNT], Form(*rest[_COUNT + 1 :])
-    projected, in_weight = _projected(source, p)
+    projected = _projected(source, p)
     plan = _plan_of(projected, p, form, mask is not None, seq_idx is not None)
     z, xBC, dt, _ = projected.split_with_sizes(plan.widths, -1)
     flags = kernel_flags(mask, seq_idx)
@@ -146,14 +145,15 @@ def _backward(dout, source, mask, seq_idx, *rest):
     if plan.widths[-1]:
         unread.zero_()
     # In the parameters' layout, each in memory of its own, as an operator's outputs must be
-    grads = Parameters(*[None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in p])
+    empty = p._replace(in_weight=None, out_weight=None)
+    grads = Parameters(*[t if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in empty])
 
     dout = dout.to(projected.dtype).contiguous()
-    dnormed = dout if p.out_weight is None else _rows(dout) @ p.out_weight.to(dout.dtype)
-    again = in_weight is not None
+    dnormed = dout if p.out_weight is None else _rows(dout) @ p.out_weight
+    again = p.out_weight is not None
     dy, norm_parts, normed = norm_backward(dnormed, y, z, p.norm_weight, *plan.norm, dz=dz, again=again)
     if normed is not None:
-        grads.out_weight.copy_(_rows(dout).t() @ normed.view(-1, p.norm_weight.shape[0]))
+        grads = grads._replace(out_weight=_rows(dout).t() @ normed.view(-1, p.norm_weight.shape[0]))
     if p.out_bias is not None:
         grads.out_bias.copy_(_rows(dout).sum(0, dtype=torch.float32))
     del normed, dnormed
@@ -167,21 +167,17 @@ def _backward(dout, source, mask, seq_idx, *rest):
         Total(norm_parts, grads.norm_weight),
     )
     dsource = dprojected
-    if in_weight is not None:
-        rows, columns = _rows(dprojected), p.in_weight.shape[0]
-        dsource = (rows @ in_weight).view(source.shape)
-        grads.in_weight.copy_((rows.t() @ _rows(source))[:columns])
+    if p.in_weight is not None:
+        rows = _rows(dprojected)
+        dsource = (rows @ p.in_weight).view(source.shape)
+        grads = grads._replace(in_weight=rows.t() @ _rows(source))
         if p.in_bias is not None:
-            grads.in_bias.copy_(rows.sum(0, dtype=torch.float32)[:columns])
+            grads.in_bias.copy_(rows.sum(0, dtype=torch.float32))
     return [dsource, *[t for t in grads if t is not None]]
 
 
-def _projected(source: Tensor, p: Parameters) -> tuple[Tensor, Tensor | None]:
-    """The input projection, and the weight that made it of `source`."""
-    if p.in_weight is None:
-        return source, None
-    weight, bias = aligned(source, p.in_weight.to(source.dtype), p.in_bias)
-    return _linear(source, weight, bias), weight
+def _projected(source: Tensor, p: Parameters) -> Tensor:
+    return source if p.in_weight is None else _linear(source, p.in_weight, p.in_bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -218,16 +218,16 @@ def test_columns_behind_the_projection_change_nothing():
     u = torch.randn(2, 9, 16, device=DEVICE)
     expected = results(layer, u, None, None, recompute=True)
     more = lambda u, weight, bias: (torch.nn.functional.pad(weight, (0, 0, 0, 4)), bias)  # noqa: E731
-    with mock.patch("bimamba.ops.mixer.aligned", more):
+    with mock.patch("bimamba.nn.mamba2.aligned", more):
         got = results(layer, u, None, None, recompute=True)
     for name, value in expected.items():
         assert relative_error(got[name], value) < 2e-6, name
 
 
-@pytest.mark.parametrize("node", [True, False])
-def test_second_derivatives_are_refused(node):
+@pytest.mark.parametrize(("node", "recompute"), [(True, False), (True, True), (False, False)])
+def test_second_derivatives_are_refused(node, recompute):
     """By the node, and by the operators that it is made of: without a word they would be taken for zero."""
-    module = BiMamba2(16, d_state=8, headdim=16).to(DEVICE)
+    module = BiMamba2(16, d_state=8, headdim=16, use_mem_eff_path=recompute).to(DEVICE)
     u = torch.randn(1, 9, 16, device=DEVICE, requires_grad=True)
     with contextlib.nullcontext() if node else as_parts():
         (grad,) = torch.autograd.grad(module(u).square().sum(), u, create_graph=True)
