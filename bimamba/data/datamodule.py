@@ -19,7 +19,7 @@ from bimamba.data import preflight
 from bimamba.data.collate import Batch, collate
 from bimamba.data.fingerprint import content_of, fingerprint
 from bimamba.data.images import LazyImages, cores
-from bimamba.data.labels import LabelMap, plain
+from bimamba.data.labels import LabelMap
 from bimamba.data.loader import TrainLoader
 from bimamba.data.records import SPLITS, Records, Source
 from bimamba.data.samplers import Draw, EvalBatches, TrainBatches
@@ -289,7 +289,7 @@ class ClassificationDataModule(LightningDataModule):
             return known
         else:
             found = LabelMap.of(records, expected.problem, self.class_names).class_names
-        if found is not None and [*map(plain, found)] != [*map(plain, expected.class_names)]:
+        if found is not None and tuple(found) != expected.class_names:
             raise ValueError(
                 f"class names differ: the checkpoint was trained on {list(expected.class_names)}, "
                 f"the data have {list(found)}"

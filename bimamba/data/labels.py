@@ -27,11 +27,10 @@ def read_labels(rows: Rows, columns: Sequence[str]) -> np.ndarray:
     parsed = [_read_column(rows, c) for c in columns]
     if len(columns) == 1:
         return parsed[0]
-    several = [
-        _as_numbers(values, f"label column {name!r}: several label columns have to hold numbers")
-        for name, values in zip(columns, parsed, strict=True)
-    ]
-    return np.stack(several, axis=1)
+    for name, values in zip(columns, parsed, strict=True):
+        if values.dtype == object:
+            raise ValueError(f"label column {name!r}: several label columns have to hold numbers, got text")
+    return np.stack([v.astype(np.float64) for v in parsed], axis=1)
 
 
 def _read_column(rows: Rows, name: str) -> np.ndarray:
@@ -111,7 +110,8 @@ class LabelMap:
     def _of_columns(
         labels: np.ndarray, problem: str | None, names: tuple[str, ...] | None
     ) -> tuple[str, tuple[str, ...]]:
-        labels = _as_numbers(labels, f"data.problem={problem}: expected labels as numbers")
+        if labels.dtype == object:
+            raise ValueError(f"data.problem={problem}: expected labels as numbers, got text such as {labels[0]!r}")
         width = labels.shape[1] if labels.ndim == 2 else 1
         binary = bool(np.isin(labels, (0, 1)).all())
         if problem is None and not binary:
@@ -139,7 +139,9 @@ class LabelMap:
         assert labels is not None
         k = len(self.class_names)
         if self.problem in ("multilabel", "regression"):
-            values = _as_numbers(labels, f"expected {self.problem} labels as numbers").reshape(len(labels), -1)
+            if labels.dtype == object:
+                raise ValueError(f"expected {self.problem} labels as numbers, got text such as {labels[0]!r}")
+            values = labels.reshape(len(labels), -1).astype(np.float64)
             if values.shape[1] != k:
                 raise ValueError(f"expected {k} label columns {list(self.class_names)}, got {values.shape[1]}")
             known = records.label_names
@@ -162,10 +164,8 @@ class LabelMap:
         if labels.dtype != object and records.label_names is None and all(_is_int(n) for n in self.class_names):
             labels = np.array([str(v) for v in labels.tolist()], dtype=object)
         if labels.dtype == object:
-            # A file's "01" is the class "1" of a checkpoint, or of another file, that has seen a number in it
-            key = plain if len(set(map(plain, self.class_names))) == k else str
-            number = {key(name): i for i, name in enumerate(self.class_names)}
-            codes = np.array([number.get(key(v), -1) for v in labels.tolist()], np.int64)
+            number = {name: i for i, name in enumerate(self.class_names)}
+            codes = np.array([number.get(v, -1) for v in labels.tolist()], np.int64)
         else:
             if records.label_names is not None and records.label_names != self.class_names:
                 index = {name: i for i, name in enumerate(self.class_names)}
@@ -199,19 +199,6 @@ def _check_repeats(labels: np.ndarray) -> None:
         )
 
 
-def _as_numbers(labels: np.ndarray, expected: str) -> np.ndarray:
-    """Labels as float64, text that is all numbers (`007`) too; raises a ValueError that begins with `expected`."""
-    try:
-        return labels.astype(np.float64)
-    except ValueError:
-        raise ValueError(f"{expected}, got text such as {labels[0]!r}") from None
-
-
-def plain(name: str) -> str:
-    """A class's name, of a whole number without zeros in front."""
-    return str(int(name)) if _is_int(name) else name
-
-
 def whole_numbers(records: Records, labels: np.ndarray) -> np.ndarray:
     """Float labels as class numbers.
 
@@ -228,7 +215,7 @@ def whole_numbers(records: Records, labels: np.ndarray) -> np.ndarray:
 
 
 def _is_int(name: str) -> bool:
-    return name.removeprefix("-").isdecimal()
+    return name.removeprefix("-").isdigit()
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ from bimamba.data.files import files_below
 from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Origins, existing
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".arrow", ".feather")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _SPLIT_NAME = re.compile(rf"^({'|'.join(SPLIT_ALIASES)})(?=$|[-_.])", re.IGNORECASE)
 
 
@@ -105,7 +104,6 @@ def read_rows(
             names.append((str(path), table.num_rows))
             start += table.num_rows
         splits[split] = np.arange(first, start)
-    tables = _with_names(tables, [path for path, _ in names], [c for c in wanted if c not in text])
     kept = wanted + [c for c in optional if c not in wanted and all(c in t.column_names for t in tables)]
     return Rows(concat([t.select(kept) for t in tables], [n for n, _ in names]), Origins(names), splits)
 
@@ -120,24 +118,6 @@ def concat(tables: Sequence[pa.Table], names: Sequence[str]) -> pa.Table:
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"the columns of {', '.join(names)} do not go together: {error}") from error
-
-
-def are_names(values: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether a whole number is written with a zero in front, `01`: a name, of which a number keeps half."""
-    return bool(pc.any(pc.match_substring_regex(values, r"^\s*[+-]?0\d+\s*$")).as_py())
-
-
-def _with_names(tables: list[pa.Table], paths: Sequence[str], columns: Sequence[str]) -> list[pa.Table]:
-    """Columns of whole numbers as text where they are names: the reader of CSV has seen numbers in them."""
-    whole = [c for c in columns if all(pa.types.is_integer(t[c].type) for t in tables)]
-    if not whole:
-        return tables
-    written = [_read_csv(Path(p), whole, only=whole) if _kind(Path(p)) in DELIMITERS else None for p in paths]
-    for column in [c for c in whole if any(w is not None and are_names(w[c]) for w in written)]:
-        for i, (table, text) in enumerate(zip(tables, written, strict=True)):
-            values = table[column].cast(pa.string()) if text is None else text[column]
-            tables[i] = table.set_column(table.column_names.index(column), column, values)
-    return tables
 
 
 def check_columns(where: str, present: Sequence[str], wanted: Iterable[str]) -> None:
@@ -161,14 +141,14 @@ def read_table(path: Path, text: Iterable[str] = ()) -> pa.Table:
     Raises:
         ValueError: the file cannot be parsed.
     """
-    kind = _kind(path)
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
     try:
         if kind == ".parquet":
             import pyarrow.parquet as pq
 
             return pq.ParquetFile(_open(path) if path.name.lower().endswith(".gz") else str(path)).read()
-        if kind in DELIMITERS:
-            return _read_csv(path, text)
+        if kind in (".csv", ".tsv"):
+            return _read_csv(path, "," if kind == ".csv" else "\t", text)
         if kind in (".jsonl", ".ndjson", ".json"):
             import pyarrow.json as pj
 
@@ -183,12 +163,7 @@ def read_table(path: Path, text: Iterable[str] = ()) -> pa.Table:
         raise ValueError(f"{path}: cannot be read as {kind.removeprefix('.').upper()}: {error}") from error
 
 
-def _kind(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def _read_csv(path: Path, text: Iterable[str], only: Sequence[str] = ()) -> pa.Table:
-    """`text`: columns to read as text. `only`: columns to read; none: all of them."""
+def _read_csv(path: Path, delimiter: str, text: Iterable[str]) -> pa.Table:
     import pyarrow.csv as pv
 
     _check_encoding(path)
@@ -196,14 +171,9 @@ def _read_csv(path: Path, text: Iterable[str], only: Sequence[str] = ()) -> pa.T
         _open(path),
         # Single-threaded: only then do errors name the row.
         pv.ReadOptions(use_threads=False, block_size=max(1 << 20, _longest_line(path) * 2)),
-        pv.ParseOptions(delimiter=DELIMITERS[_kind(path)], newlines_in_values=False),
+        pv.ParseOptions(delimiter=delimiter, newlines_in_values=False),
         # Without this a column of "1", "2" ids becomes numbers, and a sequence "NA" stays text as it should.
-        pv.ConvertOptions(
-            column_types={c: pa.string() for c in text},
-            include_columns=list(only),
-            include_missing_columns=True,  # with spaces around its name, which are taken off below
-            strings_can_be_null=bool(only),
-        ),
+        pv.ConvertOptions(column_types={c: pa.string() for c in text}),
     )
     if table.num_rows == 0:
         raise ValueError(f"{path}: expected rows below the header line, found none")

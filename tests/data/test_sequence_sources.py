@@ -10,7 +10,6 @@ from data_files import dna, sequence_rows, stops, write_fasta, write_table
 from bimamba.data import SequenceDataModule
 from bimamba.data.sequences import reverse_complement
 from bimamba.data.sources import FastaBed, FastaClasses, SequenceTable
-from bimamba.spec import DataSpec
 
 
 def setup(source, path, stage="fit", **options):
@@ -141,35 +140,6 @@ def test_class_names_for_numbers(tmp_path):
             write_table(tmp_path / "y.csv", {"sequence": ["A", "C"], "label": [0, 7]}),
             class_names=["off", "on"],
         )
-
-
-def test_numbers_with_zeros_in_front_are_names(tmp_path):
-    """In one file of several, too; as a regression's numbers they are numbers."""
-    columns = sequence_rows(40)
-    for name, labels in (("train-a.csv", ["01", "02"]), ("train-b.tsv", ["10", "2"])):
-        lines = [f"{s}SEP{labels[i % 2]}" for i, s in enumerate(columns["sequence"])]
-        text = "\n".join(["sequenceSEPlabel", *lines]).replace("SEP", "," if name.endswith("csv") else "\t")
-        (tmp_path / name).write_text(text + "\n")
-    data = setup(SequenceTable(), tmp_path)
-    assert data.spec.class_names == ("01", "02", "10", "2")
-    alone = setup(SequenceTable(), tmp_path / "train-a.csv")
-    assert alone.spec.class_names == ("01", "02") and set(alone.examples.labels.tolist()) == {0, 1}
-    values = setup(SequenceTable(), tmp_path / "train-a.csv", problem="regression").examples.labels
-    assert sorted(set(values.flatten().tolist())) == [1.0, 2.0]
-    bed = tmp_path / "x.bed"
-    bed.write_text("".join(f"c\t{i}\t{i + 9}\t0{i % 2 + 1}\n" for i in range(20)))
-    assert setup(FastaBed(str(write_fasta(tmp_path / "c.fa", {"c": "ACGT" * 8}))), bed).spec.class_names == ("01", "02")
-
-
-def test_a_checkpoint_that_has_seen_numbers_meets_their_names(tmp_path):
-    path = tmp_path / "x.csv"
-    path.write_text("sequence,label\n" + "".join(f"{s},0{i % 2 + 1}\n" for i, s in enumerate(["ACGT", "TTGA"] * 20)))
-    for stage in ("fit", "test"):
-        data = SequenceDataModule(SequenceTable(), path=str(path), batch_size=8)
-        known = DataSpec("sequence", "binary", ("1", "2"), alphabet="ACGTN", max_length=40)
-        data.expect(known)
-        data.setup(stage)
-        assert data.spec.class_names == ("1", "2") and data.examples.labels.tolist() == [0, 1] * 20
 
 
 def test_both_layouts_of_task_collections(tmp_path):

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from bimamba.data.fasta import Interval, is_fasta, read_bed, read_fasta
 from bimamba.data.records import SPLIT_ALIASES, UNSPLIT, Records, existing, group_numbers, required_path
 from bimamba.data.sequences import ByteRows
 from bimamba.data.sources.reading import read_sequences
-from bimamba.data.tables import are_names
 
 
 class FastaBed:
@@ -150,8 +148,8 @@ def _column(column: int | str, intervals: list[Interval], header: list[str] | No
 
 
 def _as_labels(values: list[str]) -> np.ndarray:
-    """int64 or float64 where every value is such a number, and none a name such as `01`; else text."""
-    for kind in () if are_names(pa.array(values)) else (int, float):
+    """int64 or float64 where every value is such a number, else text."""
+    for kind in (int, float):
         try:
             return np.array([kind(v) for v in values], np.int64 if kind is int else np.float64)
         except ValueError:
