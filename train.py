@@ -24,9 +24,9 @@ from torch.distributed import get_world_size, is_initialized  # by name: cloudpi
 from bimamba import config
 from bimamba.allocator import keep_freed_memory
 from bimamba.callbacks import SaveOnInterrupt, SetAside, StopOnInterrupt
-from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint, weights_digest
+from bimamba.checkpoint import checkpoint_spec, chosen_weights, load_weights, read_checkpoint
 from bimamba.data.fingerprint import compare
-from bimamba.export import EVALUATED, export
+from bimamba.export import export, record_evaluation
 from bimamba.files import write_json
 from bimamba.loggers import finish_wandb
 from bimamba.overrides import soften, with_checkpoint
@@ -139,9 +139,9 @@ def run(cfg: DictConfig, checkpoint: Mapping[str, Any] | None, choices: Mapping[
             metrics |= numbers(trainer.callback_metrics)
     elif cfg.stage == "test":
         assert checkpoint is not None  # config.check
-        record(output_dir / EVALUATED, {"weights": weights_digest(checkpoint)})
         trainer.test(task, datamodule=datamodule, verbose=False)
         metrics |= numbers(trainer.callback_metrics)
+        record_evaluation(output_dir, checkpoint, plain, metrics)
     elif cfg.stage == "explain":
         metrics |= explanation(task, datamodule, trainer, output_dir, Path(cfg.paths.plot_dir))
     else:

@@ -83,7 +83,7 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             run = path.parent.resolve()
             # a resumed training writes its configuration beside the first
             newest = max(run.glob("config_*.yaml"), default=path)
-            config = flatten(OmegaConf.to_container(OmegaConf.load(newest), resolve=False))
+            config = flatten(in_use(OmegaConf.to_container(OmegaConf.load(newest), resolve=False)))
             if config.get("stage", "fit") != "fit":
                 other[config["stage"]] = other.get(config["stage"], 0) + 1
             elif not (run / "metrics.json").is_file():
@@ -103,6 +103,14 @@ def _metrics(path: Path) -> dict[str, float]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); run it again, or move its folder away") from error
+
+
+def in_use(config: Any) -> dict[str, Any]:
+    """A run's configuration without options of what it left off: those of `task.distill`, where there is no teacher."""
+    task = config.get("task") or {}
+    if (task.get("distill") or {}).get("teachers"):
+        return config
+    return {**config, "task": {key: value for key, value in task.items() if key != "distill"}}
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,16 +13,18 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from hydra.utils import instantiate
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from bimamba.checkpoint import DRAWN_BY, IDENTITY, checkpoint_spec, load_weights, weights_digest
+from bimamba.collect import in_use
 from bimamba.config import run_folder
+from bimamba.files import write_json
 from bimamba.program import example, export_program, pytorch_path
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "model.pt2"
-EVALUATED = "evaluated.json"  # in a test's folder: which weights it was of; another training may write to their path
+EVALUATED = "evaluated.json"  # in a test's folder: its figures, with the weights and the configuration that gave them
 VIEWS = ("test_time_rc", "test_time_flip")  # what decides how often each row is looked at
 
 
@@ -100,9 +102,7 @@ def gather(ckpt_path: Path, checkpoint: Mapping[str, Any], weights: str = "auto"
     preflight = _read(run / "preflight.json") if run else {}
     averaged = "current_model_state" in checkpoint
     metrics, of = ({}, "") if averaged and weights == "raw" else find_metrics(ckpt_path, checkpoint)
-    trainer, task = config.get("trainer", {}), dict(config.get("task", {}))
-    if not (task.get("distill") or {}).get("teachers"):
-        task.pop("distill", None)
+    trainer = config.get("trainer", {})
     protocol = {
         "experiment": checkpoint.get("choices", {}).get("experiment"),
         "seed": config.get("seed"),
@@ -113,7 +113,7 @@ def gather(ckpt_path: Path, checkpoint: Mapping[str, Any], weights: str = "auto"
         "started from": config.get("model", {}).get("pretrained"),
         "frozen": config.get("model", {}).get("freeze"),
         **{k: trainer.get(k) for k in ("precision", "accumulate_grad_batches", "gradient_clip_val")},
-        "task": task,
+        "task": in_use(config)["task"],
     }
     return {
         "data": config.get("data"),
@@ -138,17 +138,24 @@ def find_metrics(ckpt_path: Path, checkpoint: Mapping[str, Any]) -> tuple[dict[s
             return found, f"the test rows, once, with the checkpoint that validation chose{said}"
     weights = weights_digest(checkpoint)
     for folder in sorted((run / "test").glob("*/"), reverse=True):
-        if _read(folder / EVALUATED).get("weights") != weights or not (folder / "config.yaml").is_file():
+        evaluated = _read(folder / EVALUATED)
+        if evaluated.get("weights") != weights:
             continue
-        of: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        # An evaluation on other rows does not belong into a model's card
+        of = evaluated["config"]
+        # An evaluation on other rows, or on some of them, does not belong into a model's card
         same = all(of.get("data", {}).get(k) == config.get("data", {}).get(k) for k in (*IDENTITY, *DRAWN_BY))
-        same &= _views(of) == views
-        if same:
-            found = _test_figures(folder / "metrics.json")
-            if found:
-                return found, f"the test rows, by stage=test ({folder.name}){said}"
+        whole = of["trainer"].get("limit_test_batches") in (None, 1.0) and not of["trainer"].get("fast_dev_run")
+        if same and whole and _views(of) == views:
+            return evaluated["metrics"], f"the test rows, by stage=test ({folder.name}){said}"
     return {}, ""
+
+
+@rank_zero_only
+def record_evaluation(folder: Path, checkpoint: Mapping[str, Any], config: Mapping[str, Any], metrics: dict) -> None:
+    """What `find_metrics` takes for the card, in one file: another training may write to the checkpoint's path, and
+    another test into this folder."""
+    values = {"weights": weights_digest(checkpoint), "config": config, "metrics": metrics}
+    write_json(folder / EVALUATED, values)
 
 
 def _views(config: Mapping[str, Any]) -> list[str]:

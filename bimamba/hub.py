@@ -27,6 +27,8 @@ from bimamba.pretrained import (
 )
 from bimamba.spec import DataSpec
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
     """What makes a module with `spec` and `arguments` one of the Hub. Mixed into `bimamba.models.Classifier`.
@@ -71,11 +73,11 @@ class HubModel(nn.Module, ModelHubMixin, library_name="bimamba"):
 
         Raises:
             FileNotFoundError: no such folder or repository, or one of its files is missing.
-            ValueError: a damaged file, a part that is not trusted, weights that do not fit the configuration, or a
-                dtype that is none of floating-point numbers.
+            ValueError: a damaged file, a part that is not trusted, weights that do not fit the configuration, or
+                another dtype.
         """
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype: expected one of floating-point numbers, such as torch.bfloat16, got {dtype!r}")
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype: expected None or one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         folder = find_folder(
             pretrained_model_name_or_path,
             force_download=force_download,

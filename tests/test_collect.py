@@ -62,6 +62,16 @@ def test_repetitions_are_told_from_settings(tmp_path, capsys):
     assert main([str(tmp_path), "--seed", "1", "--resamples", "50"])[0].low != summaries[0].low
 
 
+def test_a_distillation_without_teachers_is_no_setting(tmp_path):
+    """Nor is that an earlier version did not know of it."""
+    off = {"_target_": "bimamba.tasks.Distillation", "teachers": [], "weight": 0.5}
+    fake(tmp_path, "old", 0.5, 0)
+    fake(tmp_path, "new", 0.6, 1, task__distill=off)
+    assert [s.setting for s in main([str(tmp_path)])] == ["digits"]
+    fake(tmp_path, "taught", 0.7, 2, task__distill={**off, "teachers": ["logs/a"]})
+    assert len(main([str(tmp_path)])) == 2
+
+
 def test_the_interval_covers_the_mean():
     """A percentile bootstrap of 40 draws covers the true mean in about 95 of 100 cases."""
     rng = np.random.default_rng(0)

@@ -1,6 +1,5 @@
 """stage=export: checkpoint to folder, card and program; and trainings that start from either."""
 
-import json
 import re
 import shutil
 from functools import partial
@@ -11,7 +10,7 @@ from huggingface_hub import ModelCard
 from runs import DIGITS, load, run
 
 from bimamba import export, program
-from bimamba.checkpoint import read_checkpoint, weights_digest
+from bimamba.checkpoint import read_checkpoint
 from bimamba.models import Classifier
 from bimamba.nn import BiMamba2
 from bimamba.spec import DataSpec
@@ -115,23 +114,24 @@ def test_figures_are_those_of_the_same_weights_and_rows(fitted, tmp_path):
     shutil.copytree(fitted[0], tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint = load(last)
-    config, weights = checkpoint["config"], weights_digest(checkpoint)
+    config = checkpoint["config"]
     assert export.find_metrics(last, checkpoint) == ({}, "")
     task = {**config["task"], "test_time_flip": True}
-    changes = {"data": {**config["data"], "seed": 1}}, {}, {"weights": "of an earlier last.ckpt"}, {"task": task}
+    few = {**config["trainer"], "limit_test_batches": 2}
+    changes = {"data": {**config["data"], "seed": 1}}, {}, {"task": task}, {"trainer": few}
     for number, change in enumerate(changes, 1):
         out = tmp_path / "run" / "test" / str(number)
         out.mkdir(parents=True)
-        evaluated = {"data": config["data"], "task": config["task"], "weights": weights} | change
-        (out / export.EVALUATED).write_text(json.dumps({"weights": evaluated.pop("weights")}))
-        (out / "config.yaml").write_text(json.dumps(evaluated, default=str))
-        (out / "metrics.json").write_text(json.dumps({"test/accuracy": number / 10, "val/loss": 1.0}))
+        export.record_evaluation(out, checkpoint, config | change, {"test/accuracy": number / 10})
+    earlier = {**checkpoint, "state_dict": {k: v + 2 for k, v in checkpoint["state_dict"].items()}}
+    (out.parent / "5").mkdir()
+    export.record_evaluation(out.parent / "5", earlier, config, {"test/accuracy": 0.5})
     assert export.find_metrics(last, checkpoint) == ({"test/accuracy": 0.2}, "the test rows, by stage=test (2)")
     looking = {**checkpoint, "config": {**config, "task": task}}
     trained_on = {**checkpoint, "state_dict": {k: v + 1 for k, v in checkpoint["state_dict"].items()}}
     assert export.find_metrics(last, trained_on) == ({}, "")
     figures, of = export.find_metrics(last, looking)  # trained by a configuration that looks twice
-    assert figures == {"test/accuracy": 0.4} and "by task.test_time_flip" in of
+    assert figures == {"test/accuracy": 0.3} and "by task.test_time_flip" in of
     alone = shutil.copy(last, tmp_path / "alone.ckpt")
     assert export.find_metrics(alone, checkpoint) == ({}, "")
 

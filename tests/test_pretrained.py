@@ -90,8 +90,8 @@ def test_dtype_is_that_of_to(folder):
     tokens = torch.randint(1, 5, (2, 20))
     # 0.004 was measured, of values up to 1.4
     torch.testing.assert_close(model.features(tokens).float(), make().features(tokens), atol=0.03, rtol=0)
-    for wrong in (torch.int8, "bfloat16"):
-        with pytest.raises(ValueError, match="dtype: expected one of floating-point numbers"):
+    for wrong in (torch.int8, torch.float8_e4m3fn, "bfloat16"):
+        with pytest.raises(ValueError, match=r"dtype: expected None or one of torch\.float32, torch\.bfloat16"):
             Classifier.from_pretrained(folder, dtype=wrong)
 
 

@@ -1,4 +1,5 @@
-"""From tokens to one vector a sequence, padding excluded; zeros where there is nothing but padding.
+"""From tokens to one vector a sequence, padding excluded; where there is nothing but padding, zeros, or what is made of
+the class token alone.
 
 A pooling has two steps: `insert` may add tokens before the first block, `forward` pools after the last one. In a packed
 batch (`bimamba.packing`) both serve each sequence of a row by itself, with matrix products over `(slots, l)` instead of

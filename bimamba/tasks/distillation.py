@@ -36,7 +36,8 @@ class Distillation:
     Args:
         spec: of the student's data.
         teachers: of each the folder of its run (whose best checkpoint is taken), a checkpoint of train.py, a folder of
-            `save_pretrained`, or a repository of the Hub; its architecture may be another. None: nothing is distilled.
+            `save_pretrained`, or a repository of the Hub (these two do not say which rows they were trained on); its
+            architecture may be another. None, or an empty list: nothing is distilled.
         weight: in [0, 1], share of this loss; the rest is the loss on labels.
         temperature: above 0; logits are divided by it, so that 2 or 4 tell more of the classes that come second.
         compile_options: of `compilation.compile_network`, for the teachers; None: they are not compiled.
@@ -48,17 +49,18 @@ class Distillation:
     def __init__(
         self,
         spec: DataSpec,
-        teachers: Sequence[str | Path] = (),
+        teachers: Sequence[str | Path] | None = (),
         weight: float = 0.5,
         temperature: float = 1.0,
         compile_options: Mapping[str, Any] | None = None,
     ) -> None:
+        teachers = () if teachers is None else teachers
         listed = isinstance(teachers, Sequence) and not isinstance(teachers, str)
         if not listed or not all(isinstance(t, str | Path) for t in teachers):
             raise ValueError(f"{KEY}: expected a list of paths, got {teachers!r}")
-        if not 0 <= weight <= 1:
+        if weight is None or not 0 <= weight <= 1:
             raise ValueError(f"task.distill.weight: expected a number in [0, 1], got {weight}")
-        if not 0 < temperature < float("inf"):
+        if temperature is None or not 0 < temperature < float("inf"):
             raise ValueError(f"task.distill.temperature: expected a number above 0, got {temperature}")
         if spec.problem == "regression" and temperature != 1:
             raise ValueError(f"task.distill.temperature: expected 1 for regression, got {temperature}")
@@ -182,5 +184,5 @@ def _statistics(spec: DataSpec) -> tuple[Tensor, Tensor]:
 
 def _best_of_run(path: str) -> Path | str:
     """A run's best checkpoint; other paths and names as they are."""
-    best = Path(path).expanduser() / "checkpoints" / "best.ckpt"
-    return best if best.is_file() else path
+    checkpoints = Path(path).expanduser() / "checkpoints"
+    return checkpoints / "best.ckpt" if checkpoints.is_dir() else path

@@ -136,7 +136,7 @@ class SupervisedTask(Task):
         if distillation and target is not None:
             distance = distillation.loss(logits, target)
             self.distill_loss.update(distance.detach())
-            sample_loss = sample_loss.lerp(distance, distillation.weight)
+            sample_loss = sample_loss.lerp(distance.to(sample_loss), distillation.weight)
         out |= {"label": label, "sample_loss": sample_loss.detach()}
         if stage == "train":
             out["loss"] = sample_loss.mean()

@@ -213,16 +213,25 @@ def test_teachers_are_compiled_with_the_student_and_without_cuda_graphs(tmp_path
     [
         ({"weight": 1.5}, r"task\.distill\.weight: expected a number in \[0, 1\], got 1\.5"),
         ({"weight": math.nan}, r"task\.distill\.weight: expected a number in \[0, 1\], got nan"),
+        ({"weight": None}, r"task\.distill\.weight: expected a number in \[0, 1\], got None"),
+        ({"temperature": None}, r"task\.distill\.temperature: expected a number above 0, got None"),
         ({"temperature": 0}, r"task\.distill\.temperature: expected a number above 0, got 0"),
         ({"temperature": math.inf}, r"task\.distill\.temperature: expected a number above 0, got inf"),
         ({"teachers": "logs/x.ckpt"}, r"task\.distill\.teachers: expected a list of paths, got 'logs/x\.ckpt'"),
-        ({"teachers": None}, r"task\.distill\.teachers: expected a list of paths, got None"),
         ({"teachers": [3]}, r"task\.distill\.teachers: expected a list of paths, got \[3\]"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         Distillation(dna(), **options)
+
+
+def test_a_run_without_a_best_checkpoint_is_no_teacher(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(FileNotFoundError, match=r"task\.distill\.teachers: .*best\.ckpt .*there is .*last\.ckpt"):
+        Distillation(dna(), [tmp_path]).read()
+    assert not Distillation(dna(), None).teachers
 
 
 def test_a_regression_has_no_temperature():
@@ -291,6 +300,12 @@ def test_a_student_is_trained_tested_and_exported_and_resumed_only_with_its_teac
             run(folder / "student", f"ckpt_path={last}", "trainer.max_epochs=2")
     finally:
         (tmp_path / "away").rename(folder / "teacher")
+
+
+def test_in_double_precision(runs, tmp_path):
+    options = ["trainer.precision=64-true", "trainer.limit_train_batches=1", "test=false"]
+    metrics = run(tmp_path, *FAST, *options, f"task.distill.teachers=[{runs[0] / 'teacher'}]")
+    assert metrics["train/loss_distill"] > 0
 
 
 def test_the_average_is_the_teacher_and_its_batches_are_repeated_by_replay(runs, tmp_path):
