@@ -92,7 +92,9 @@ def test_testing_repeats_no_override_and_gives_the_same_figures(fitted, tmp_path
     assert (tmp_path / "predictions.parquet").is_file()
     assert (tmp_path / "plots" / "confusion_matrix_test.png").is_file()
     weights = weights_digest(load(fitted[0] / "checkpoints" / "best.ckpt"))
-    assert json.loads((tmp_path / "evaluated.json").read_text()) == {"weights": weights}
+    evaluated = json.loads((tmp_path / "evaluated.json").read_text())
+    assert evaluated["weights"] == weights and evaluated["metrics"] == metrics
+    assert evaluated["config"]["stage"] == "test"
     assert not (tmp_path / "checkpoints").exists()
 
 
