@@ -2,10 +2,14 @@
 
 import json
 import pickle
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from runs import composed
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -383,3 +387,17 @@ def test_plain_weights_start_a_model_that_reads_both_strands(folder):
     tokens = torch.randint(1, 5, (2, 20), generator=torch.Generator().manual_seed(1))
     expected = (plain(tokens) + plain((5 - tokens).flip(1))) / 2  # the complement of A C G T is T G C A
     torch.testing.assert_close(both(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_attached_model_of_digits_has_the_accuracy_of_its_card(tmp_path):
+    """`benchmark/results/models`: what was saved by an earlier version is read by this one."""
+    folder = Path(__file__).parents[1] / "benchmark" / "results" / "models" / "digits"
+    (said,) = re.findall(r"type: accuracy\n +value: (\S+)", (folder / "README.md").read_text())
+    data = instantiate(composed(tmp_path, "experiment=digits").data)
+    data.prepare_data()
+    data.setup("test")
+    model = Classifier.from_pretrained(folder)
+    with torch.no_grad():
+        batches = [data.transform(batch, training=False) for batch in data.test_dataloader()]
+        right = torch.cat([model(b["inputs"]).argmax(-1) == b["label"] for b in batches])
+    assert right.float().mean().item() == pytest.approx(float(said), abs=1e-6)
