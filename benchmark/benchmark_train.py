@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -323,7 +324,7 @@ def write(rows: list[dict], name: str) -> None:
 
 
 def plot(rows: list[dict], name: str) -> None:
-    """Tokens a second and activations by shape, a bar a model."""
+    """Tokens a second and, where they were measured, activations by shape, a bar a model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -332,24 +333,27 @@ def plot(rows: list[dict], name: str) -> None:
     rows = [row for row in rows if "tokens/s" in row]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(2, 1, figsize=(9, 7), sharex=True)
-    for axis, column in zip(axes, ("tokens/s", "activations GB"), strict=True):
+    measured = any(math.isfinite(row.get("activations GB", math.nan)) for row in rows)
+    columns = ["tokens/s", "activations GB"][: 1 + measured]
+    figure, axes = plt.subplots(
+        len(columns), 1, figsize=(9, 3.5 * len(columns)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, column in zip(axes[:, 0], columns, strict=True):
         for k, model in enumerate(models):
             values = {row["shape"]: row.get(column, float("nan")) for row in rows if row["model"] == model}
             at = [shapes.index(s) + (k - (len(models) - 1) / 2) * 0.8 / len(models) for s in values]
             axis.bar(at, list(values.values()), width=0.8 / len(models), label=model)
         axis.set_ylabel(column)
         axis.set_yscale("log")
-    axes[1].set_xticks(range(len(shapes)), shapes)
-    figure.suptitle("training step, bf16 autocast; log scales", fontsize=9)
+    axes[-1, 0].set_xticks(range(len(shapes)), shapes)
     figure.legend(
-        *axes[0].get_legend_handles_labels(),
+        *axes[0, 0].get_legend_handles_labels(),
+        title="training step, bf16 autocast; log scales",
         fontsize=7,
+        title_fontsize=9,
         ncol=len(models),
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.97),
+        loc="outside upper center",
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.96))
     figure.savefig(FOLDER / f"{name}.png", dpi=120)
     plt.close(figure)
 
