@@ -1,4 +1,4 @@
-"""Triton's interpreter in less than a third of its time: it was half of the suite's."""
+"""Triton's interpreter in less than half of its time, which was half of the suite's."""
 
 from __future__ import annotations
 
