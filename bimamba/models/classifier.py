@@ -26,6 +26,7 @@ from bimamba.nn import (
     TokenPooling,
 )
 from bimamba.nn.norm import RMSNorm
+from bimamba.ops.backend import expect_bool
 from bimamba.packing import Packing, packing_of
 from bimamba.pretrained import NOT_SAVED
 from bimamba.spec import DataSpec
@@ -329,5 +330,4 @@ class Classifier(HubModel):
         for name, value in (("mask", mask), ("seq_idx", seq_idx)):
             if value is not None and tuple(value.shape) != tuple(inputs.shape[:2]):
                 raise ValueError(f"{name}: expected {tuple(inputs.shape[:2])}, got {tuple(value.shape)}")
-        if mask is not None and mask.dtype != torch.bool:  # Hugging Face's tokenizers give int64
-            raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
+        expect_bool(mask)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bimamba.ops.backend import expect_bool
+
 
 class Attention(nn.Module):
     """Self-attention by `scaled_dot_product_attention`, `(b, l, d_model)` to the same (Vaswani et al. 2017).
@@ -35,8 +37,7 @@ class Attention(nn.Module):
 
     def forward(self, u: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """u: `(b, l, d_model)`; mask: `(b, l)` bool, False at padding; seq_idx: `(b, l)`, tokens see their equals."""
-        if mask is not None and mask.dtype != torch.bool:  # SDPA would add floats to the scores
-            raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
+        expect_bool(mask)
         q, k, v = self.in_proj(u).unflatten(-1, (3, -1, self.headdim)).permute(2, 0, 3, 1, 4)
         keep = None
         if mask is not None:

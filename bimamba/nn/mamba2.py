@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bimamba.nn.decay import undecayed
-from bimamba.ops.backend import autocasts, expect_device
+from bimamba.ops.backend import autocasts, expect_bool, expect_device
 from bimamba.ops.conv1d import ACTIVATIONS, MAX_WIDTH, depthwise_conv1d
 from bimamba.ops.gated_norm import rms_norm_gated
 from bimamba.ops.projection import aligned
@@ -188,8 +188,7 @@ class _Mamba2(nn.Module):
                 "learnable_init_states: a packed row has one first and one last token, which are not those of each "
                 "sequence; expected learnable_init_states=false with packing"
             )
-        if mask is not None and mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
+        expect_bool(mask)
         if seq_idx is not None and seq_idx.shape != u.shape[:2]:
             raise ValueError(f"seq_idx: expected shape (b, l) = {tuple(u.shape[:2])}, got {tuple(seq_idx.shape)}")
         expect_device("u", u, mask=mask, seq_idx=seq_idx)

@@ -29,6 +29,13 @@ def expect_device(name: str, x: Tensor, /, **others: Tensor | None) -> None:
             raise ValueError(f"{other}: expected the device of {name}, {x.device}, got {t.device}")
 
 
+def expect_bool(mask: Tensor | None) -> None:
+    """Raises a ValueError for a mask of numbers, such as the int64 of Hugging Face's tokenizers: attention would add
+    them to its scores, and elsewhere `~mask` is something else."""
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`; torch refuses the question for some, such as meta."""
     kind = x.device.type

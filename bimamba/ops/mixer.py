@@ -181,7 +181,7 @@ def _projected(source: Tensor, p: Parameters) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    with torch._C._DisableAutocast():  # `torch.autocast(enabled=False)` takes the host 40 us
+    with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -267,8 +267,7 @@ def _forward_fake(source, mask, seq_idx, *rest):
     out = source.new_empty((*source.shape[:2], columns))
     if not form.keep:
         return [out]
-    projected = source
-    plan = _plan_of(projected, p, form, mask is not None, seq_idx is not None, functools.partial(_plan, make=Problem))
+    plan = _plan_of(source, p, form, mask is not None, seq_idx is not None, functools.partial(_plan, make=Problem))
     problem = plan.problem
     saved = layout(problem, saved=form.save)
     weight = p.conv_weight.new_empty(p.conv_weight.shape[::2][::-1])
@@ -277,9 +276,9 @@ def _forward_fake(source, mask, seq_idx, *rest):
         out,
         torch.empty_like(p.A_log, dtype=torch.float32),
         weight,
-        *(projected.new_empty(shape) for shape in shapes),
-        projected.new_empty(problem.states_shape(saved) if form.save else 0),
-        projected.new_empty(problem.rows_shape(saved), dtype=torch.float32) if form.save else projected.new_empty(0),
+        *(source.new_empty(shape) for shape in shapes),
+        source.new_empty(problem.states_shape(saved) if form.save else 0),
+        source.new_empty(problem.rows_shape(saved), dtype=torch.float32) if form.save else source.new_empty(0),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend, expect_device
+from ..backend import choose_backend, expect_bool, expect_device
 from .reference import ACTIVATIONS, conv1d_reference
 
 BACKENDS = ("auto", "triton", "torch")
@@ -54,8 +54,7 @@ def depthwise_conv1d(
         raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
     if bias is not None and tuple(bias.shape) != (d,):
         raise ValueError(f"bias: expected shape (d) = ({d},), got {tuple(bias.shape)}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected dtype bool, got {mask.dtype}")
+    expect_bool(mask)
     if seq_idx is not None and (seq_idx.dtype == torch.bool or seq_idx.is_floating_point()):
         raise ValueError(f"seq_idx: expected ints, got {seq_idx.dtype}")
     for name, value in (("mask", mask), ("seq_idx", seq_idx)):
