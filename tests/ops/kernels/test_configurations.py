@@ -12,7 +12,11 @@ from bimamba.ops.ssd.kernels import choose as choosing
 from bimamba.ops.ssd.kernels.choose import Problem, choose, forced
 
 LENGTHS = [1, 2, 15, 16, 17, 33]
-FORMS = [dict(chunk=16, halves=1), dict(chunk=32, halves=2), dict(chunk=16, halves=1, fill=2)]
+FORMS = [
+    dict(chunk=16, halves=1, together=True),
+    dict(chunk=32, halves=2),
+    dict(chunk=16, halves=1, fill=2, together=True),
+]
 
 
 def check(run, config, **sizes):
@@ -56,6 +60,17 @@ def test_packed_over_several_chunks(run, form, walk, causal):
 def test_heads_in_parts(run, heads, tied):
     config = dict(chunk=16, halves=1, grad_bc_heads=heads, grad_x_heads=heads, output_heads=heads)
     check(run, config, l=19, h=4, untied=not tied)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 132])
+@pytest.mark.parametrize("heads_bc, heads_x", [(4, 4), (4, 1), (1, 4), (2, 1)])
+@pytest.mark.parametrize("form, halves", [({}, 1), ({}, 2), (dict(untied=True), 1), (dict(causal=True, g=2), 1)])
+def test_gradients_side_by_side(run, group, heads_bc, heads_x, form, halves):
+    """Every part of both, whether there are as many of one kind as of the other, and whatever the last group holds."""
+    heads = 4 // form.get("g", 1)
+    config = dict(grad_bc_heads=min(heads, heads_bc), grad_x_heads=min(heads, heads_x), grad_bc_block_n=16, block_n=16)
+    config |= dict(chunk=16 * halves, halves=halves, together=True, group=group)
+    check(run, config, **{"b": 2, "l": 40, "h": 4, "n": 32, **form})
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["whole", "halves", "filled"])
@@ -109,4 +124,5 @@ def test_rule_is_consistent(b, l, h, g, p, n, dtype):
                 assert size % block == 0
             for heads in (c.output_heads, c.grad_x_heads, c.grad_bc_heads):
                 assert (h // g) % heads == 0
+            assert c.group >= 1
             assert c.halves == c.fill == 1 or not (t.untied or t.shift or c.block_n < t.n2)

@@ -103,6 +103,7 @@ CONFIGURATIONS = (
     + [dict(chunk=64, fill=2, walk=walk, tma=tma) for walk in (False, True) for tma in (False, True)]
     + [dict(chunk=64, fill=fill, walk=True, tma=tma, states_block_n=32) for fill in (1, 2) for tma in (False, True)]
     + [dict(chunk=128, halves=2, walk=True, tma=tma, states_block_n=32) for tma in (False, True)]
+    + [dict(together=together, group=group) for together, group in ((False, 1), (True, 1), (True, 7), (True, 132))]
 )
 
 

@@ -33,7 +33,7 @@ def test_compiles(target, tmp_path):
     tma = target == "cuda:90"  # what the rule takes
     kernels = compiled(target, tmp_path, {}, {"tma": tma, "walk": tma, "passing_stages": 4})
     names = {k["kernel"] for k in kernels}
-    assert names >= {"states_kernel", "output_kernel", "grad_x_kernel", "grad_bc_kernel", "grad_dt_kernel"}
+    assert names >= {"states_kernel", "output_kernel", "gradients_kernel", "grad_dt_kernel"}
     assert names >= {
         "conv_kernel",
         "conv_grad_kernel",

@@ -119,13 +119,14 @@ class Config:
     output_heads: int = 1
     output_warps: int = 4
     output_stages: int = 2
+    together: bool = False  # grad_x and grad_bc in one launch, where the states are saved
+    group: int = 1  # see gradients.py
+    grad_warps: int = 4
     grad_x_heads: int = 1
-    grad_x_warps: int = 4
     grad_x_stages: int = 2
     grad_x_row_tma: bool = False  # its sums and step sizes, too, by descriptors
     grad_bc_block_n: int = 64
     grad_bc_heads: int = 1
-    grad_bc_warps: int = 4
     grad_bc_stages: int = 2
 
     @property
@@ -209,6 +210,12 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
     # states' stage 127, 129.5 by 12, 133 by 8, 136 by 6
     parts = max(1, 2 * device.processors // row_blocks)
     several = _divisor(heads, min(24, max(1, heads // parts)))
+    # Both gradients in one launch, forward+backward: 487 -> 452, b128 l196 h12 458 -> 418, b64 l1024 h4 391 -> 360, h12
+    # p128 580 -> 500, untied 568 -> 558, causal 360 -> 327; n 128, grad_x by as many programs as grad_bc: 815 -> 722,
+    # causal 521 -> 464. But n 256 360 -> 370, p and n 128 938 -> 1026, float32 b2 l16384 h4 p16 n16 384 -> 393, and in
+    # halves, where the states are recomputed, 612 -> 717
+    blocks = problem.n2 // narrow
+    together = not exact and blocks * (problem.p2 // block_p) <= 2
     return Config(
         chunk=chunk,
         halves=halves,
@@ -226,9 +233,15 @@ def _rule(problem: Problem, layout: Layout, backward: bool) -> Config:
         output_stages=_stages(
             exact or not roomy, 1 if block_n > 64 and halves == 2 else 3 if block_n <= 64 and fill == 1 else 2
         ),
-        # n 64: 126 with 2 stages, 114 with 3, 119 with plain loads; in halves 144. n 128: 204, by descriptors 239
-        grad_x_heads=several,
-        grad_x_stages=_stages(exact or not roomy, 1 if block_n > 64 else 2 if halves == 2 else 3),
+        together=together,
+        # n 64: one of each kind a multiprocessor 454, two of a kind 470; n 128: 762 and 722
+        group=device.processors if blocks == 1 else max(1, device.processors // (2 * blocks)),
+        # n 64: 126 with 2 stages, 114 with 3, 119 with plain loads; in halves 144; untied 609 and, with 2 stages, whose
+        # buffers leave room for a second program, 568. n 128: 204, by descriptors 239
+        grad_x_heads=_divisor(heads, several // blocks) if together else several,
+        grad_x_stages=_stages(
+            exact or not roomy, 1 if block_n > 64 else 2 if halves == 2 or problem.two_matrices else 3
+        ),
         # The copy engine writes to multiples of 128 bytes, and a stage's buffers lie side by side
         grad_x_row_tma=block_n <= 64 and chunk // halves >= 32,
         # n 64: 137 with 2 stages, 176 with 3; in halves 310, 224 with 1. n 128: blocks of 64 241, of 128 249

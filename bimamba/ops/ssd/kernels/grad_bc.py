@@ -6,20 +6,16 @@
 
 One program owns (batch row, rows of a chunk, group[, part of its heads][, block of n]) and sums over the heads in
 registers; with several parts they are summed by `reduce.py`, in a fixed order, so that two runs give the same bits.
-Tied directions share one dM; otherwise a launch takes one side (FORWARD or BACKWARD) with that side's parameters.
+Tied directions share one dM; otherwise a program takes one side (FORWARD or BACKWARD) with that side's parameters.
+Launched by `gradients.py`.
 
 Lines (see `grad_x.py`), one a block of n: 4.. of the forward state's readers, then of the backward state's readers.
 `crossing` is <S, g> of the states that cross the rows without being touched: it counts for every row's d(a).
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from bimamba.ops.launch import Launch, once_a_form
-
-from .choose import Config, Problem
 from .common import (
     ROW_LINES,
     both_ways,
@@ -35,12 +31,14 @@ from .common import (
     store_tile,
     within_sequences,
 )
-from .descriptors import line_tiles, tiles
-from .reduce import reduce_parts
 
 
-@triton.jit(do_not_specialize=["L", "CHUNKS", "NB", "HEADS"])
-def grad_bc_kernel(
+@triton.jit
+def grad_bc_rows(
+    i_b,
+    i_c,
+    i_half,
+    i_part,
     x,
     dy,
     B,
@@ -62,7 +60,7 @@ def grad_bc_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
-    HEADS,
+    HEADS: tl.constexpr,
     LINES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,23 +81,15 @@ def grad_bc_kernel(
     BOTH: tl.constexpr = FORWARD and BACKWARD
     SET: tl.constexpr = 1 if (SETS == 2 and BACKWARD) else 0
     K: tl.constexpr = Q * HALVES
-    PARTS = H // G // HEADS
-    pid = tl.program_id(0)
-    i_half = pid % HALVES
-    pid //= HALVES
-    i_n = pid % BLOCKS_N
+    PARTS: tl.constexpr = H // G // HEADS
+    i_n = i_part % BLOCKS_N
     o_n = i_n * BLOCK_N
-    pid //= BLOCKS_N
-    i_first = (pid % (H // HEADS)) * HEADS
-    pid //= H // HEADS
-    i_c = pid % CHUNKS
-    i_b = pid // CHUNKS
-    i_part = (i_first // HEADS) % PARTS
-    i_g = i_first // (H // G)
+    i_part //= BLOCKS_N
+    i_g = i_part // PARTS
+    i_part %= PARTS
+    i_first = i_g * (H // G) + i_part
     o_l = i_c * K + i_half * Q
     o_far = i_c * K + (1 - i_half) * Q
-    if o_l >= L:
-        return
     r = tl.arange(0, Q)
     i = r[None, :]
     j = r[:, None]
@@ -120,14 +110,15 @@ def grad_bc_kernel(
     PADDED = CHUNKS * K
     # The scalars of the next head are loaded while this one is worked on: the pipeliner leaves them where they stand
     p_total = rows + ((i_b.to(tl.int64) * H + i_first) * SETS + SET) * (ROW_LINES * PADDED) + o_l + Q - 1
+    to_next = PARTS * SETS * ROW_LINES * PADDED
     total_next = tl.load(p_total)
     for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
-        i_h = i_first + i_head
+        i_h = i_first + i_head * PARTS
         i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
         i_row = i_b.to(tl.int64) * H + i_h
         i_line = ((i_b * H + i_h) * SETS + SET) * ROW_LINES
         total = total_next
-        p_total += tl.where(i_head + 1 < HEADS, SETS * ROW_LINES * PADDED, 0)
+        p_total += tl.where(i_head + 1 < HEADS, to_next, 0)
         total_next = tl.load(p_total)
         s, e, delta = load_rows(rows, i_line, o_l, PADDED, Q, False)
         f, b = reading(s, e, SHIFT)
@@ -271,121 +262,3 @@ def grad_bc_kernel(
     acc_C = tl.dot(tl.trans(dM_16), b_B, acc_C, input_precision=PRECISION)
     store_tile(dB, acc_B, i_part * NB + i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
     store_tile(dC, acc_C, i_part * NB + i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
-
-
-def grad_bc(
-    problem: Problem,
-    config: Config,
-    x: Tensor,
-    dy: Tensor,
-    B: Tensor,
-    C: Tensor,
-    B_back: Tensor,
-    C_back: Tensor,
-    states: Tensor,
-    grad_states: Tensor,
-    rows: Tensor,
-    lines: Tensor,
-    *,
-    seq_idx: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """dB, dC, those of the backward direction (untied only), and `crossing (b * parts, h, 2, blocks of n)`."""
-    blocks_n = problem.n2 // config.grad_bc_block_n
-    slots = problem.b * problem.chunks(config) * config.halves
-    crossing = torch.empty((slots, problem.h, 2, blocks_n), dtype=torch.float32, device=x.device)
-    parts = _parts(problem, config)
-    whole = _whole(problem, config)
-
-    def one_side(B: Tensor, C: Tensor, forward: bool, backward: bool) -> tuple[Tensor, Tensor]:
-        if whole:
-            dB, dC = torch.empty_like(B), torch.empty_like(C)
-        else:
-            shape = (parts * problem.b, *B.shape[1:])
-            dB, dC = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
-        _launch(problem, config, forward, backward, seq_idx is not None)(
-            x=x,
-            dy=dy,
-            B=B,
-            C=C,
-            seq=seq_idx,
-            states=states,
-            grad_states=grad_states,
-            rows=rows,
-            dB=dB,
-            dC=dC,
-            lines=lines,
-            crossing=crossing,
-        )
-        return dB, dC
-
-    if not problem.two_matrices:
-        dB, dC = one_side(B, C, True, problem.bidirectional)
-        if not whole:
-            dB, dC = reduce_parts([dB], B), reduce_parts([dC], C)
-        return dB, dC, None, None, crossing
-    dB, dC = one_side(B, C, True, False)
-    dB_back, dC_back = one_side(B_back, C_back, False, True)
-    if whole:
-        return dB, dC, dB_back, dC_back, crossing
-    # A reader i used row i - 1 of C forward and row i + 1 backward: row l collects from readers l + 1 and l - 1
-    step = 1 if problem.shift else 0
-    if problem.untied:
-        return (
-            reduce_parts([dB], B),
-            reduce_parts([dC], C, [step]),
-            reduce_parts([dB_back], B),
-            reduce_parts([dC_back], C, [-step]),
-            crossing,
-        )
-    return reduce_parts([dB, dB_back], B), reduce_parts([dC, dC_back], C, [step, -step]), None, None, crossing
-
-
-def _parts(problem: Problem, config: Config) -> int:
-    """Of the heads of a group, each by a program of its own."""
-    return problem.h // problem.g // config.grad_bc_heads
-
-
-def _whole(problem: Problem, config: Config) -> bool:
-    """Whether a launch writes dB and dC themselves, and not parts that remain to be summed."""
-    return _parts(problem, config) == 1 and not problem.shift and (problem.untied or not problem.two_matrices)
-
-
-@once_a_form
-def _launch(problem: Problem, config: Config, forward: bool, backward: bool, seq: bool) -> Launch:
-    b, q, chunks, width = problem.b, config.rows, problem.chunks(config), config.grad_bc_block_n
-    wide = tiles((b, problem.l, problem.h, problem.p), q, config.block_p)
-    narrow = tiles((b, problem.l, problem.g, problem.n), q, width)
-    sums = tiles((_parts(problem, config) * b, problem.l, problem.g, problem.n), q, width)
-    states = line_tiles(problem.states_shape(config), config.block_p, width)
-    descriptors = dict(x=wide, dy=wide, B=narrow, C=narrow, states=states, grad_states=states, dB=sums, dC=sums)
-    return Launch(
-        grad_bc_kernel,
-        b * chunks * (problem.h // config.grad_bc_heads) * (problem.n2 // width) * config.halves,
-        problem.device,
-        descriptors if config.tma else {},
-        L=problem.l,
-        CHUNKS=chunks,
-        NB=b,
-        H=problem.h,
-        G=problem.g,
-        P=problem.p,
-        N=problem.n,
-        Q=q,
-        HALVES=config.halves,
-        HEADS=config.grad_bc_heads,
-        LINES=problem.lines(config),
-        BLOCK_P=config.block_p,
-        BLOCK_N=width,
-        P2=problem.p2,
-        N2=problem.n2,
-        DIRECTIONS=problem.directions,
-        FORWARD=forward,
-        BACKWARD=backward,
-        SETS=problem.sets,
-        SHIFT=problem.shift,
-        HAS_SEQ=seq,
-        STAGES=config.grad_bc_stages,
-        TMA=config.tma,
-        PRECISION=problem.precision,
-        num_warps=config.grad_bc_warps,
-    )

@@ -13,14 +13,9 @@ itself takes off, where a sum excludes it; 3 the direct part of d(delta).
 
 # ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from bimamba.ops.launch import Launch, once_a_form
-
-from .choose import Config, Problem
 from .common import (
     ROW_LINES,
     both_ways,
@@ -39,11 +34,14 @@ from .common import (
     sum_three,
     within_sequences,
 )
-from .descriptors import line_tiles, tiles
 
 
-@triton.jit(do_not_specialize=["L", "CHUNKS", "HEADS"])
-def grad_x_kernel(
+@triton.jit
+def grad_x_rows(
+    i_b,
+    i_c,
+    i_half,
+    i_part,
     x,
     dy,
     B,
@@ -66,7 +64,7 @@ def grad_x_kernel(
     N: tl.constexpr,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
-    HEADS,
+    HEADS: tl.constexpr,
     LINES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,18 +89,11 @@ def grad_x_kernel(
     TIED: tl.constexpr = BIDIRECTIONAL and not TWO_MATRICES
     K: tl.constexpr = Q * HALVES
     HOIST: tl.constexpr = BLOCKS_N == 1  # B and C stay for all heads
-    pid = tl.program_id(0)
-    i_half = pid % HALVES
-    pid //= HALVES
-    i_first = (pid % (H // HEADS)) * HEADS
-    pid //= H // HEADS
-    i_c = pid % CHUNKS
-    i_b = pid // CHUNKS
+    PARTS: tl.constexpr = H // G // HEADS
+    i_g = i_part // PARTS
+    i_first = i_g * (H // G) + i_part % PARTS
     o_l = i_c * K + i_half * Q
     o_far = i_c * K + (1 - i_half) * Q
-    if o_l >= L:
-        return
-    i_g = i_first // (H // G)
     r = tl.arange(0, Q)
     i = r[None, :]  # readers run along the columns here
     j = r[:, None]
@@ -130,20 +121,21 @@ def grad_x_kernel(
     PADDED = CHUNKS * K
     # The scalars of the next head are loaded while this one is worked on: the pipeliner leaves them where they stand
     p_total = sums + (i_b.to(tl.int64) * H + i_first) * (SETS * ROW_LINES * PADDED) + o_l + Q - 1
+    to_next = PARTS * SETS * ROW_LINES * PADDED
     total_next = tl.load(p_total)
     if HAS_D and not D_CHANNELS:
         D_next = tl.load(D + i_first)
     for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
-        i_h = i_first + i_head
+        i_h = i_first + i_head * PARTS
         i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
         i_row = i_b.to(tl.int64) * H + i_h
         i_line = (i_b * H + i_h) * (SETS * ROW_LINES)
         total = total_next
-        p_total += tl.where(i_head + 1 < HEADS, SETS * ROW_LINES * PADDED, 0)
+        p_total += tl.where(i_head + 1 < HEADS, to_next, 0)
         total_next = tl.load(p_total)
         if HAS_D and not D_CHANNELS:
             D_head = D_next
-            D_next = tl.load(D + tl.minimum(i_h + 1, H - 1))
+            D_next = tl.load(D + tl.minimum(i_h + PARTS, H - 1))
         s, e, delta = load_rows(rows, i_line, o_l, PADDED, Q, ROW_TMA)
         f, b = reading(s, e, SHIFT)
         e_back = e
@@ -359,92 +351,3 @@ def grad_x_kernel(
         tl.store(p_line + PADDED, leave_right)
         tl.store(p_line + 2 * PADDED, -lower_self)
         tl.store(p_line + 3 * PADDED, direct)
-
-
-def grad_x(
-    problem: Problem,
-    config: Config,
-    x: Tensor,
-    dy: Tensor,
-    B: Tensor,
-    C: Tensor,
-    B_back: Tensor,
-    C_back: Tensor,
-    grad_states: Tensor,
-    rows: Tensor,
-    lines: Tensor,
-    *,
-    D: Tensor | None,
-    seq_idx: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """dx, and dD in parts `(b * parts, h)` or `(b * parts, h, p)`. Writes lines 0-3 of `lines` (see `grad_dt.py`)."""
-    dx = torch.empty_like(x)
-    dD = None
-    if D is not None:
-        # A row block that lies wholly beyond the end returns at once: its part must read as zero
-        slots = problem.chunks(config) * config.halves
-        make = torch.empty if problem.parts(config) == slots else torch.zeros
-        dD = make((problem.b * slots, *D.shape), dtype=torch.float32, device=x.device)
-    two = problem.two_matrices
-    _launch(problem, config, 0 if D is None else D.dim(), seq_idx is not None)(
-        x=x,
-        dy=dy,
-        B=B,
-        C=C,
-        B_back=B_back if two else None,
-        C_back=C_back if two else None,
-        D=D,
-        seq=seq_idx,
-        grad_states=grad_states,
-        rows=rows,
-        sums=rows,
-        dx=dx,
-        lines=lines,
-        dD=dD,
-    )
-    return dx, dD
-
-
-@once_a_form
-def _launch(problem: Problem, config: Config, dims_D: int, seq: bool) -> Launch:
-    """`dims_D`: 0 where there is no D. `seq`: whether it is there."""
-    q, tma, chunks = config.rows, config.tma, problem.chunks(config)
-    row_tma = tma and config.grad_x_row_tma
-    wide = tiles((problem.b, problem.l, problem.h, problem.p), q, config.block_p)
-    narrow = tiles((problem.b, problem.l, problem.g, problem.n), q, config.block_n)
-    states = line_tiles(problem.states_shape(config), config.block_p, config.block_n)
-    descriptors = dict(x=wide, dy=wide, dx=wide, grad_states=states)
-    descriptors |= dict(B=narrow, C=narrow, B_back=narrow, C_back=narrow)
-    if row_tma:
-        descriptors["rows"] = line_tiles(problem.rows_shape(config), 1, q)
-    return Launch(
-        grad_x_kernel,
-        problem.b * chunks * (problem.h // config.grad_x_heads) * config.halves,
-        problem.device,
-        descriptors if tma else {},
-        L=problem.l,
-        CHUNKS=chunks,
-        H=problem.h,
-        G=problem.g,
-        P=problem.p,
-        N=problem.n,
-        Q=q,
-        HALVES=config.halves,
-        HEADS=config.grad_x_heads,
-        LINES=problem.lines(config),
-        BLOCK_P=config.block_p,
-        BLOCK_N=config.block_n,
-        P2=problem.p2,
-        N2=problem.n2,
-        BIDIRECTIONAL=problem.bidirectional,
-        UNTIED=problem.untied,
-        SHIFT=problem.shift,
-        HAS_SEQ=seq,
-        HAS_D=dims_D > 0,
-        D_CHANNELS=dims_D == 2,
-        STAGES=config.grad_x_stages,
-        TMA=tma,
-        ROW_TMA=row_tma,
-        PRECISION=problem.precision,
-        num_warps=config.grad_x_warps,
-    )

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .choose import Problem, choose
 from .gate import grad_gate
-from .grad_bc import grad_bc
 from .grad_dt import grad_dt
-from .grad_x import grad_x
+from .gradients import gradients
 from .output import scan_output
 from .states import chunk_states
 
@@ -76,7 +75,6 @@ def scan_backward(
     if not keeps:
         rows = torch.empty(problem.rows_shape(config), dtype=torch.float32, device=t.x.device)
         states = _states(problem, config, t, rows)
-    matrices = (t.B[0], t.C[0], t.B[1], t.C[1])
     dz = None
     if t.z is not None:
         ungated = saved.ungated
@@ -98,17 +96,21 @@ def scan_backward(
         grad=True,
     )
     lines = torch.empty(problem.lines_shape(config), dtype=torch.float32, device=t.x.device)
-    dB, dC, dB_back, dC_back, crossing = grad_bc(
-        problem, config, t.x, dy, *matrices, states, grad_states, rows, lines, seq_idx=t.seq_idx
-    )
-    del states  # where they were recomputed, dx takes their place
-    dx, dD = grad_x(problem, config, t.x, dy, *matrices, grad_states, rows, lines, D=t.D, seq_idx=t.seq_idx)
+    common = (problem, config, t.x, dy, t.B, t.C, grad_states, rows, lines)
+    if keeps and config.together:
+        of_bc, of_x = gradients(*common, states=states, D=t.D, seq_idx=t.seq_idx)
+    else:
+        of_bc, _ = gradients(*common, states=states, seq_idx=t.seq_idx, of_x=False)
+        del states  # where they were recomputed, dx takes their place
+        _, of_x = gradients(*common, D=t.D, seq_idx=t.seq_idx, of_bc=False)
+    assert of_bc is not None and of_x is not None
     shape = (problem.b * problem.parts(config), 2, problem.sets * problem.h)
     heads = torch.empty(shape, dtype=torch.float32, device=t.x.device)
     for i in range(problem.sets):
-        own = (t.dt[i], t.A[i], t.bias[i], t.mask, rows, lines, crossing, ddt[i], heads)
+        own = (t.dt[i], t.A[i], t.bias[i], t.mask, rows, lines, of_bc.crossing, ddt[i], heads)
         grad_dt(problem, config, *own, forward=i == 0, backward=problem.bidirectional and i == problem.sets - 1)
-    return Gradients(x=dx, B=(dB, dB_back), C=(dC, dC_back), heads=heads, D=dD, z=dz, initial=dinitial)
+    dB, dC = (of_bc.dB, of_bc.dB_back), (of_bc.dC, of_bc.dC_back)
+    return Gradients(x=of_x.dx, B=dB, C=dC, heads=heads, D=of_x.dD, z=dz, initial=dinitial)
 
 
 def _states(problem: Problem, config, t: Inputs, rows: Tensor, leave=(None, None)) -> Tensor:
