@@ -41,7 +41,7 @@ def poisoned(monkeypatch):
     from bimamba.ops.conv1d import kernels as conv
     from bimamba.ops.gated_norm import kernels as norm
     from bimamba.ops.ssd import binding
-    from bimamba.ops.ssd.kernels import gate, gradients, output, reduce, scan, states
+    from bimamba.ops.ssd.kernels import gate, grad_bc, grad_x, output, reduce, scan, states
 
     class Poisoned:
         empty, empty_like = staticmethod(poison(torch.empty)), staticmethod(poison(torch.empty_like))
@@ -49,6 +49,6 @@ def poisoned(monkeypatch):
         def __getattr__(self, name):
             return getattr(torch, name)
 
-    for module in (gate, gradients, output, reduce, scan, states, binding, mixer, prepare, conv, norm):
+    for module in (gate, grad_bc, grad_x, output, reduce, scan, states, binding, mixer, prepare, conv, norm):
         monkeypatch.setattr(module, "torch", Poisoned())
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

@@ -95,6 +95,8 @@ def compile_all(target: str, dtype: torch.dtype, flags: dict, config: dict) -> l
     with forced(**config):
         _, _, saved = scan_forward(problem, inputs, save=True, keep_ungated=True, final=state is not None)
         scan_backward(problem, inputs, Saved(*saved), x, None, (dt, dt))
+        if flags.get("recompute"):
+            scan_backward(problem, inputs, Saved(None, None, None), x, None, (dt, dt))
     if flags.get("block", True):
         block_operators(dtype)
     return seen

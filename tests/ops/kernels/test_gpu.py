@@ -6,6 +6,8 @@ every gradient, as norms over many heads: dA of one head is a sum over all token
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from problems import assert_close, leaves, problem, rebuilt, relative_error, results
@@ -47,6 +49,15 @@ def test_sizes(run, p, n, dtype):
 )
 def test_forms(run, options, dtype):
     check(run, dtype, p=64, n=64, **options)
+
+
+@pytest.mark.parametrize("n", [16, 32, 64, 128])
+@pytest.mark.parametrize("h", [8, 24])
+def test_states_recomputed(run, h, n):
+    """The gradients in two launches, over halves of a chunk, many programs of each."""
+    a = problem(b=32, l=1024, h=h, p=64, g=1, n=n, dtype=torch.bfloat16, device="cuda", D="h")
+    got, saved = (results(partial(run, save_states=keep), a) for keep in (False, True))
+    assert_close(got, saved, BOUNDS[torch.bfloat16])
 
 
 @pytest.mark.parametrize("p, n", [(1, 1), (3, 5), (100, 50), (256, 256)])

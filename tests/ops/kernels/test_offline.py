@@ -31,7 +31,9 @@ def compiled(target, tmp_path, flags, config):
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 def test_compiles(target, tmp_path):
     tma = target == "cuda:90"  # what the rule takes
-    kernels = compiled(target, tmp_path, {}, {"tma": tma, "walk": tma, "passing_stages": 4})
+    recompute = target in ("cuda:80", "cuda:90")
+    flags, config = {"recompute": recompute}, {"tma": tma, "walk": tma, "passing_stages": 4}
+    kernels = compiled(target, tmp_path, flags, config)
     names = {k["kernel"] for k in kernels}
     assert names >= {"states_kernel", "output_kernel", "gradients_kernel", "grad_dt_kernel"}
     assert names >= {
@@ -42,6 +44,7 @@ def test_compiles(target, tmp_path):
         "prepare_kernel",
         "total_kernel",
     }
+    assert recompute == bool({"grad_x_kernel", "grad_bc_kernel"} & names)
     assert ("passing_kernel" in names) == (not tma)
 
 

@@ -74,6 +74,10 @@ class Problem:
         """Row blocks that one program of the later stages owns."""
         return -(-self.l // config.rows)
 
+    def row_blocks(self, config: Config) -> int:
+        """Those of all sequences, and such as lie wholly beyond the end: a whole number of chunks a sequence."""
+        return self.b * self.chunks(config) * config.halves
+
     def states_shape(self, config: Config | Layout) -> tuple[int, ...]:
         return (self.b, self.chunks(config), self.h, self.directions, self.p2, self.n2)
 

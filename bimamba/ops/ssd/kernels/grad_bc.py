@@ -7,15 +7,22 @@
 One program owns (batch row, rows of a chunk, group[, part of its heads][, block of n]) and sums over the heads in
 registers; with several parts they are summed by `reduce.py`, in a fixed order, so that two runs give the same bits.
 Tied directions share one dM; otherwise a program takes one side (FORWARD or BACKWARD) with that side's parameters.
-Launched by `gradients.py`.
+Where the states are saved `gradients.py` launches both stages as one.
 
 Lines (see `grad_x.py`), one a block of n: 4.. of the forward state's readers, then of the backward state's readers.
 `crossing` is <S, g> of the states that cross the rows without being touched: it counts for every row's d(a).
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from bimamba.ops.launch import Launch, once_a_form
+
+from .choose import Config, Problem
 from .common import (
     ROW_LINES,
     both_ways,
@@ -31,6 +38,8 @@ from .common import (
     store_tile,
     within_sequences,
 )
+from .descriptors import line_tiles, tiles
+from .reduce import reduce_parts
 
 
 @triton.jit
@@ -38,7 +47,14 @@ def grad_bc_rows(
     i_b,
     i_c,
     i_half,
+    i_n,
+    i_g,
     i_part,
+    i_first,
+    STEP: tl.constexpr,
+    o_n,
+    o_l,
+    o_far,
     x,
     dy,
     B,
@@ -60,7 +76,7 @@ def grad_bc_rows(
     N: tl.constexpr,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS,
     LINES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -76,20 +92,13 @@ def grad_bc_rows(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Rows `o_l ..` of HEADS heads of group `i_g`, every STEP-th from `i_first` on; the chunk's other half begins at
+    `o_far`."""
     BLOCKS_P: tl.constexpr = P2 // BLOCK_P
     BLOCKS_N: tl.constexpr = N2 // BLOCK_N
     BOTH: tl.constexpr = FORWARD and BACKWARD
     SET: tl.constexpr = 1 if (SETS == 2 and BACKWARD) else 0
     K: tl.constexpr = Q * HALVES
-    PARTS: tl.constexpr = H // G // HEADS
-    i_n = i_part % BLOCKS_N
-    o_n = i_n * BLOCK_N
-    i_part //= BLOCKS_N
-    i_g = i_part // PARTS
-    i_part %= PARTS
-    i_first = i_g * (H // G) + i_part
-    o_l = i_c * K + i_half * Q
-    o_far = i_c * K + (1 - i_half) * Q
     r = tl.arange(0, Q)
     i = r[None, :]
     j = r[:, None]
@@ -110,10 +119,10 @@ def grad_bc_rows(
     PADDED = CHUNKS * K
     # The scalars of the next head are loaded while this one is worked on: the pipeliner leaves them where they stand
     p_total = rows + ((i_b.to(tl.int64) * H + i_first) * SETS + SET) * (ROW_LINES * PADDED) + o_l + Q - 1
-    to_next = PARTS * SETS * ROW_LINES * PADDED
+    to_next = STEP * SETS * ROW_LINES * PADDED
     total_next = tl.load(p_total)
     for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
-        i_h = i_first + i_head * PARTS
+        i_h = i_first + i_head * STEP
         i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
         i_row = i_b.to(tl.int64) * H + i_h
         i_line = ((i_b * H + i_h) * SETS + SET) * ROW_LINES
@@ -262,3 +271,231 @@ def grad_bc_rows(
     acc_C = tl.dot(tl.trans(dM_16), b_B, acc_C, input_precision=PRECISION)
     store_tile(dB, acc_B, i_part * NB + i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
     store_tile(dC, acc_C, i_part * NB + i_b, o_l, i_g, L, G, o_n, N, Q, BLOCK_N, TMA)
+
+
+@triton.jit(do_not_specialize=["L", "CHUNKS", "NB", "HEADS"])
+def grad_bc_kernel(
+    x,
+    dy,
+    B,
+    C,
+    seq,
+    states,
+    grad_states,
+    rows,
+    dB,
+    dC,
+    lines,
+    crossing,
+    L,
+    CHUNKS,
+    NB,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    HALVES: tl.constexpr,
+    HEADS,
+    LINES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    P2: tl.constexpr,
+    N2: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    SETS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BLOCKS_N: tl.constexpr = N2 // BLOCK_N
+    K: tl.constexpr = Q * HALVES
+    PARTS = H // G // HEADS
+    pid = tl.program_id(0)
+    i_half = pid % HALVES
+    pid //= HALVES
+    i_n = pid % BLOCKS_N
+    o_n = i_n * BLOCK_N
+    pid //= BLOCKS_N
+    i_first = (pid % (H // HEADS)) * HEADS
+    pid //= H // HEADS
+    i_c = pid % CHUNKS
+    i_b = pid // CHUNKS
+    i_part = (i_first // HEADS) % PARTS
+    i_g = i_first // (H // G)
+    o_l = i_c * K + i_half * Q
+    o_far = i_c * K + (1 - i_half) * Q
+    if o_l >= L:
+        return
+    grad_bc_rows(
+        i_b, i_c, i_half, i_n, i_g, i_part, i_first, 1, o_n, o_l, o_far, x, dy, B, C, seq, states, grad_states, rows,
+        dB, dC, lines, crossing, L, CHUNKS, NB, H, G, P, N, Q, HALVES, HEADS, LINES, BLOCK_P, BLOCK_N, P2, N2,
+        DIRECTIONS, FORWARD, BACKWARD, SETS, SHIFT, HAS_SEQ, STAGES, TMA, PRECISION,
+    )  # fmt: skip
+
+
+class GradBC(NamedTuple):
+    """dB and dC `(b, l, g, n)`, those of the backward direction (untied only), and `crossing (b * row blocks, h, 2,
+    blocks of n)`, which grad_dt reads."""
+
+    dB: Tensor
+    dC: Tensor
+    dB_back: Tensor | None
+    dC_back: Tensor | None
+    crossing: Tensor
+
+
+def grad_bc(
+    problem: Problem,
+    config: Config,
+    x: Tensor,
+    dy: Tensor,
+    B: tuple[Tensor, Tensor],
+    C: tuple[Tensor, Tensor],
+    states: Tensor,
+    grad_states: Tensor,
+    rows: Tensor,
+    lines: Tensor,
+    *,
+    seq_idx: Tensor | None,
+) -> GradBC:
+    """B, C: pairs (forward, backward). Writes lines 4.. of `lines`."""
+    crossing = room_for_crossing(problem, config, x.device)
+    common = (problem, config, x, dy, B, C, states, grad_states, rows, lines, crossing, seq_idx)
+    sides = [one_side(*common, forward=True, backward=problem.bidirectional and not problem.two_matrices)]
+    if problem.two_matrices:
+        sides.append(one_side(*common, forward=False, backward=True))
+    return GradBC(*sum_sides(problem, config, sides, B, C), crossing)
+
+
+def one_side(
+    problem: Problem,
+    config: Config,
+    x: Tensor,
+    dy: Tensor,
+    B: tuple[Tensor, Tensor],
+    C: tuple[Tensor, Tensor],
+    states: Tensor,
+    grad_states: Tensor,
+    rows: Tensor,
+    lines: Tensor,
+    crossing: Tensor,
+    seq_idx: Tensor | None,
+    *,
+    forward: bool,
+    backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """A launch: dB and dC, or what `sum_sides` makes of them."""
+    side = 0 if forward else 1
+    dB, dC = room_for_sums(problem, config, B[side], C[side])
+    _launch(problem, config, forward, backward, seq_idx is not None)(
+        x=x,
+        dy=dy,
+        B=B[side],
+        C=C[side],
+        seq=seq_idx,
+        states=states,
+        grad_states=grad_states,
+        rows=rows,
+        dB=dB,
+        dC=dC,
+        lines=lines,
+        crossing=crossing,
+    )
+    return dB, dC
+
+
+def bc_parts(problem: Problem, config: Config) -> int:
+    """Of the heads of a group, each by a program of its own."""
+    return problem.h // problem.g // config.grad_bc_heads
+
+
+def _whole(problem: Problem, config: Config) -> bool:
+    """Whether a launch writes dB and dC themselves, and not parts that remain to be summed."""
+    return bc_parts(problem, config) == 1 and not problem.shift and (problem.untied or not problem.two_matrices)
+
+
+def room_for_crossing(problem: Problem, config: Config, device: torch.device) -> Tensor:
+    shape = (problem.row_blocks(config), problem.h, 2, problem.n2 // config.grad_bc_block_n)
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def room_for_sums(problem: Problem, config: Config, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """For dB and dC of a launch."""
+    if _whole(problem, config):
+        return torch.empty_like(B), torch.empty_like(C)
+    shape = (bc_parts(problem, config) * problem.b, *B.shape[1:])
+    dB, dC = (torch.empty(shape, dtype=torch.float32, device=B.device) for _ in range(2))
+    return dB, dC
+
+
+def sum_sides(
+    problem: Problem,
+    config: Config,
+    sides: list[tuple[Tensor, Tensor]],
+    B: tuple[Tensor, Tensor],
+    C: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dB, dC, and those of the backward direction, from what the launches wrote: one, or one a side."""
+    (dB, dC), (dB_back, dC_back) = sides[0], sides[-1]
+    if not problem.two_matrices:
+        if not _whole(problem, config):
+            dB, dC = reduce_parts([dB], B[0]), reduce_parts([dC], C[0])
+        return dB, dC, None, None
+    if _whole(problem, config):
+        return dB, dC, dB_back, dC_back
+    # A reader i used row i - 1 of C forward and row i + 1 backward: row l collects from readers l + 1 and l - 1
+    step = 1 if problem.shift else 0
+    if problem.untied:
+        return (
+            reduce_parts([dB], B[0]),
+            reduce_parts([dC], C[0], [step]),
+            reduce_parts([dB_back], B[1]),
+            reduce_parts([dC_back], C[1], [-step]),
+        )
+    return reduce_parts([dB, dB_back], B[0]), reduce_parts([dC, dC_back], C[0], [step, -step]), None, None
+
+
+@once_a_form
+def _launch(problem: Problem, config: Config, forward: bool, backward: bool, seq: bool) -> Launch:
+    b, q, chunks, width = problem.b, config.rows, problem.chunks(config), config.grad_bc_block_n
+    wide = tiles((b, problem.l, problem.h, problem.p), q, config.block_p)
+    narrow = tiles((b, problem.l, problem.g, problem.n), q, width)
+    sums = tiles((bc_parts(problem, config) * b, problem.l, problem.g, problem.n), q, width)
+    states = line_tiles(problem.states_shape(config), config.block_p, width)
+    descriptors = dict(x=wide, dy=wide, B=narrow, C=narrow, states=states, grad_states=states, dB=sums, dC=sums)
+    return Launch(
+        grad_bc_kernel,
+        b * chunks * (problem.h // config.grad_bc_heads) * (problem.n2 // width) * config.halves,
+        problem.device,
+        descriptors if config.tma else {},
+        L=problem.l,
+        CHUNKS=chunks,
+        NB=b,
+        H=problem.h,
+        G=problem.g,
+        P=problem.p,
+        N=problem.n,
+        Q=q,
+        HALVES=config.halves,
+        HEADS=config.grad_bc_heads,
+        LINES=problem.lines(config),
+        BLOCK_P=config.block_p,
+        BLOCK_N=width,
+        P2=problem.p2,
+        N2=problem.n2,
+        DIRECTIONS=problem.directions,
+        FORWARD=forward,
+        BACKWARD=backward,
+        SETS=problem.sets,
+        SHIFT=problem.shift,
+        HAS_SEQ=seq,
+        STAGES=config.grad_bc_stages,
+        TMA=config.tma,
+        PRECISION=problem.precision,
+        num_warps=config.grad_warps,
+    )

@@ -9,13 +9,22 @@ faster and dA two to three times less exact. i == j gives the same to both sums:
 
 Written per row (`LINES`): 0 what is summed in reverse, inclusively; 1 what is summed forward, inclusively; 2 what a row
 itself takes off, where a sum excludes it; 3 the direct part of d(delta).
+
+Where the states are saved `gradients.py` launches both stages as one.
 """
 
 # ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from bimamba.ops.launch import Launch, once_a_form
+
+from .choose import Config, Problem
 from .common import (
     ROW_LINES,
     both_ways,
@@ -34,6 +43,7 @@ from .common import (
     sum_three,
     within_sequences,
 )
+from .descriptors import line_tiles, tiles
 
 
 @triton.jit
@@ -41,7 +51,11 @@ def grad_x_rows(
     i_b,
     i_c,
     i_half,
-    i_part,
+    i_g,
+    i_first,
+    STEP: tl.constexpr,
+    o_l,
+    o_far,
     x,
     dy,
     B,
@@ -64,7 +78,7 @@ def grad_x_rows(
     N: tl.constexpr,
     Q: tl.constexpr,
     HALVES: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS,
     LINES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -81,6 +95,8 @@ def grad_x_rows(
     ROW_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Rows `o_l ..` of HEADS heads of group `i_g`, every STEP-th from `i_first` on; the chunk's other half begins at
+    `o_far`."""
     BLOCKS_P: tl.constexpr = P2 // BLOCK_P
     BLOCKS_N: tl.constexpr = N2 // BLOCK_N
     DIRECTIONS: tl.constexpr = 2 if BIDIRECTIONAL else 1
@@ -89,11 +105,6 @@ def grad_x_rows(
     TIED: tl.constexpr = BIDIRECTIONAL and not TWO_MATRICES
     K: tl.constexpr = Q * HALVES
     HOIST: tl.constexpr = BLOCKS_N == 1  # B and C stay for all heads
-    PARTS: tl.constexpr = H // G // HEADS
-    i_g = i_part // PARTS
-    i_first = i_g * (H // G) + i_part % PARTS
-    o_l = i_c * K + i_half * Q
-    o_far = i_c * K + (1 - i_half) * Q
     r = tl.arange(0, Q)
     i = r[None, :]  # readers run along the columns here
     j = r[:, None]
@@ -121,12 +132,12 @@ def grad_x_rows(
     PADDED = CHUNKS * K
     # The scalars of the next head are loaded while this one is worked on: the pipeliner leaves them where they stand
     p_total = sums + (i_b.to(tl.int64) * H + i_first) * (SETS * ROW_LINES * PADDED) + o_l + Q - 1
-    to_next = PARTS * SETS * ROW_LINES * PADDED
+    to_next = STEP * SETS * ROW_LINES * PADDED
     total_next = tl.load(p_total)
     if HAS_D and not D_CHANNELS:
         D_next = tl.load(D + i_first)
     for i_head in tl.range(0, HEADS, num_stages=STAGES, disable_licm=True):
-        i_h = i_first + i_head * PARTS
+        i_h = i_first + i_head * STEP
         i_state = ((i_b * CHUNKS + i_c) * H + i_h) * DIRECTIONS
         i_row = i_b.to(tl.int64) * H + i_h
         i_line = (i_b * H + i_h) * (SETS * ROW_LINES)
@@ -135,7 +146,7 @@ def grad_x_rows(
         total_next = tl.load(p_total)
         if HAS_D and not D_CHANNELS:
             D_head = D_next
-            D_next = tl.load(D + tl.minimum(i_h + PARTS, H - 1))
+            D_next = tl.load(D + tl.minimum(i_h + STEP, H - 1))
         s, e, delta = load_rows(rows, i_line, o_l, PADDED, Q, ROW_TMA)
         f, b = reading(s, e, SHIFT)
         e_back = e
@@ -351,3 +362,163 @@ def grad_x_rows(
         tl.store(p_line + PADDED, leave_right)
         tl.store(p_line + 2 * PADDED, -lower_self)
         tl.store(p_line + 3 * PADDED, direct)
+
+
+@triton.jit(do_not_specialize=["L", "CHUNKS", "HEADS"])
+def grad_x_kernel(
+    x,
+    dy,
+    B,
+    C,
+    B_back,
+    C_back,
+    D,
+    seq,
+    grad_states,
+    rows,
+    sums,
+    dx,
+    lines,
+    dD,
+    L,
+    CHUNKS,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    HALVES: tl.constexpr,
+    HEADS,
+    LINES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    P2: tl.constexpr,
+    N2: tl.constexpr,
+    BIDIRECTIONAL: tl.constexpr,
+    UNTIED: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HAS_SEQ: tl.constexpr,
+    HAS_D: tl.constexpr,
+    D_CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    ROW_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    K: tl.constexpr = Q * HALVES
+    pid = tl.program_id(0)
+    i_half = pid % HALVES
+    pid //= HALVES
+    i_first = (pid % (H // HEADS)) * HEADS
+    pid //= H // HEADS
+    i_c = pid % CHUNKS
+    i_b = pid // CHUNKS
+    o_l = i_c * K + i_half * Q
+    o_far = i_c * K + (1 - i_half) * Q
+    if o_l >= L:
+        return
+    i_g = i_first // (H // G)
+    grad_x_rows(
+        i_b, i_c, i_half, i_g, i_first, 1, o_l, o_far, x, dy, B, C, B_back, C_back, D, seq, grad_states, rows, sums, dx,
+        lines, dD, L, CHUNKS, H, G, P, N, Q, HALVES, HEADS, LINES, BLOCK_P, BLOCK_N, P2, N2, BIDIRECTIONAL, UNTIED,
+        SHIFT, HAS_SEQ, HAS_D, D_CHANNELS, STAGES, TMA, ROW_TMA, PRECISION,
+    )  # fmt: skip
+
+
+class GradX(NamedTuple):
+    """dx `(b, l, h, p)`, and dD in parts `(b * row blocks, h)` or `(b * row blocks, h, p)`."""
+
+    dx: Tensor
+    dD: Tensor | None
+
+
+def grad_x(
+    problem: Problem,
+    config: Config,
+    x: Tensor,
+    dy: Tensor,
+    B: tuple[Tensor, Tensor],
+    C: tuple[Tensor, Tensor],
+    grad_states: Tensor,
+    rows: Tensor,
+    lines: Tensor,
+    *,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+) -> GradX:
+    """B, C: pairs (forward, backward). Writes lines 0-3 of `lines` (see `grad_dt.py`)."""
+    dx, dD = room_for_x(problem, config, x, D)
+    two = problem.two_matrices
+    _launch(problem, config, 0 if D is None else D.dim(), seq_idx is not None)(
+        x=x,
+        dy=dy,
+        B=B[0],
+        C=C[0],
+        B_back=B[1] if two else None,
+        C_back=C[1] if two else None,
+        D=D,
+        seq=seq_idx,
+        grad_states=grad_states,
+        rows=rows,
+        sums=rows,
+        dx=dx,
+        lines=lines,
+        dD=dD,
+    )
+    return GradX(dx, dD)
+
+
+def room_for_x(problem: Problem, config: Config, x: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """For dx and dD."""
+    dx = torch.empty_like(x)
+    if D is None:
+        return dx, None
+    # A row block that lies wholly beyond the end is left out: its part must read as zero
+    row_blocks = problem.row_blocks(config)
+    make = torch.empty if problem.b * problem.parts(config) == row_blocks else torch.zeros
+    return dx, make((row_blocks, *D.shape), dtype=torch.float32, device=x.device)
+
+
+@once_a_form
+def _launch(problem: Problem, config: Config, dims_D: int, seq: bool) -> Launch:
+    """`dims_D`: 0 where there is no D. `seq`: whether it is there."""
+    q, tma, chunks = config.rows, config.tma, problem.chunks(config)
+    row_tma = tma and config.grad_x_row_tma
+    wide = tiles((problem.b, problem.l, problem.h, problem.p), q, config.block_p)
+    narrow = tiles((problem.b, problem.l, problem.g, problem.n), q, config.block_n)
+    states = line_tiles(problem.states_shape(config), config.block_p, config.block_n)
+    descriptors = dict(x=wide, dy=wide, dx=wide, grad_states=states)
+    descriptors |= dict(B=narrow, C=narrow, B_back=narrow, C_back=narrow)
+    if row_tma:
+        descriptors["rows"] = line_tiles(problem.rows_shape(config), 1, q)
+    return Launch(
+        grad_x_kernel,
+        problem.b * chunks * (problem.h // config.grad_x_heads) * config.halves,
+        problem.device,
+        descriptors if tma else {},
+        L=problem.l,
+        CHUNKS=chunks,
+        H=problem.h,
+        G=problem.g,
+        P=problem.p,
+        N=problem.n,
+        Q=q,
+        HALVES=config.halves,
+        HEADS=config.grad_x_heads,
+        LINES=problem.lines(config),
+        BLOCK_P=config.block_p,
+        BLOCK_N=config.block_n,
+        P2=problem.p2,
+        N2=problem.n2,
+        BIDIRECTIONAL=problem.bidirectional,
+        UNTIED=problem.untied,
+        SHIFT=problem.shift,
+        HAS_SEQ=seq,
+        HAS_D=dims_D > 0,
+        D_CHANNELS=dims_D == 2,
+        STAGES=config.grad_x_stages,
+        TMA=tma,
+        ROW_TMA=row_tma,
+        PRECISION=problem.precision,
+        num_warps=config.grad_warps,
+    )

@@ -13,13 +13,6 @@ Heads are constexpr here: with a stride known at run time alone the tiles' coord
 and cost registers (500 instead of 454 us for the whole step).
 """
 
-# ruff: noqa: SIM102 - branches on constexpr flags compile one side only; ternaries and `and` would not
-
-from __future__ import annotations
-
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,9 +21,8 @@ from bimamba.ops.launch import Launch, once_a_form
 
 from .choose import Config, Problem
 from .descriptors import line_tiles, tiles
-from .grad_bc import grad_bc_rows
-from .grad_x import grad_x_rows
-from .reduce import reduce_parts
+from .grad_bc import GradBC, bc_parts, grad_bc_rows, one_side, room_for_crossing, room_for_sums, sum_sides
+from .grad_x import GradX, grad_x_rows, room_for_x
 
 
 @triton.jit(do_not_specialize=["L", "CHUNKS", "NB", "GROUP"])
@@ -74,10 +66,6 @@ def gradients_kernel(
     BLOCK_N_X: tl.constexpr,
     P2: tl.constexpr,
     N2: tl.constexpr,
-    BC: tl.constexpr,
-    X: tl.constexpr,
-    FORWARD: tl.constexpr,
-    BACKWARD: tl.constexpr,
     BIDIRECTIONAL: tl.constexpr,
     UNTIED: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -92,8 +80,13 @@ def gradients_kernel(
 ):
     DIRECTIONS: tl.constexpr = 2 if BIDIRECTIONAL else 1
     SETS: tl.constexpr = 2 if UNTIED else 1
-    PARTS_BC: tl.constexpr = (H // HEADS_BC) * (N2 // BLOCK_N_BC) if BC else 0
-    PARTS_X: tl.constexpr = H // HEADS_X if X else 0
+    BACKWARD: tl.constexpr = BIDIRECTIONAL and not (UNTIED or SHIFT)
+    K: tl.constexpr = Q * HALVES
+    BLOCKS_N: tl.constexpr = N2 // BLOCK_N_BC
+    STEP_BC: tl.constexpr = H // G // HEADS_BC  # parts of a group's heads
+    STEP_X: tl.constexpr = H // G // HEADS_X
+    PARTS_BC: tl.constexpr = G * STEP_BC * BLOCKS_N
+    PARTS_X: tl.constexpr = G * STEP_X
     PARTS: tl.constexpr = PARTS_BC + PARTS_X
     IN_TURN: tl.constexpr = 2 * (PARTS_BC if PARTS_BC < PARTS_X else PARTS_X)
     pid = tl.program_id(0)
@@ -111,39 +104,32 @@ def gradients_kernel(
     i_b = unit // HALVES // CHUNKS
     if (i_c * HALVES + i_half) * Q >= L:
         return
-    if X:
-        if is_x:
-            grad_x_rows(
-                i_b, i_c, i_half, i_part, x, dy, B if B_x is None else B_x, C if C_x is None else C_x, B_back, C_back,
-                D, seq, grad_states if grad_states_x is None else grad_states_x, rows if rows_x is None else rows_x,
-                rows, dx, lines, dD, L, CHUNKS, H, G, P, N, Q, HALVES, HEADS_X, LINES, BLOCK_P, BLOCK_N_X, P2, N2,
-                BIDIRECTIONAL, UNTIED, SHIFT, HAS_SEQ, HAS_D, D_CHANNELS, STAGES_X, TMA, ROW_TMA, PRECISION,
-            )  # fmt: skip
-    if BC:
-        if not is_x:
-            grad_bc_rows(
-                i_b, i_c, i_half, i_part, x, dy, B, C, seq, states, grad_states, rows, dB, dC, lines, crossing, L,
-                CHUNKS, NB, H, G, P, N, Q, HALVES, HEADS_BC, LINES, BLOCK_P, BLOCK_N_BC, P2, N2, DIRECTIONS, FORWARD,
-                BACKWARD, SETS, SHIFT, HAS_SEQ, STAGES_BC, TMA, PRECISION,
-            )  # fmt: skip
-
-
-class GradBC(NamedTuple):
-    """dB and dC `(b, l, g, n)`, those of the backward direction (untied only), and `crossing (b * row blocks, h, 2,
-    blocks of n)`, which grad_dt reads."""
-
-    dB: Tensor
-    dC: Tensor
-    dB_back: Tensor | None
-    dC_back: Tensor | None
-    crossing: Tensor
-
-
-class GradX(NamedTuple):
-    """dx `(b, l, h, p)`, and dD in parts `(b * row blocks, h)` or `(b * row blocks, h, p)`."""
-
-    dx: Tensor
-    dD: Tensor | None
+    if is_x:
+        i_g = i_part // STEP_X
+        i_first = i_g * (H // G) + i_part % STEP_X
+        o_l = i_c * K + i_half * Q
+        o_far = i_c * K + (1 - i_half) * Q
+        grad_x_rows(
+            i_b, i_c, i_half, i_g, i_first, STEP_X, o_l, o_far, x, dy, B if B_x is None else B_x,
+            C if C_x is None else C_x, B_back, C_back, D, seq, grad_states if grad_states_x is None else grad_states_x,
+            rows if rows_x is None else rows_x, rows, dx, lines, dD, L, CHUNKS, H, G, P, N, Q, HALVES, HEADS_X, LINES,
+            BLOCK_P, BLOCK_N_X, P2, N2, BIDIRECTIONAL, UNTIED, SHIFT, HAS_SEQ, HAS_D, D_CHANNELS, STAGES_X, TMA,
+            ROW_TMA, PRECISION,
+        )  # fmt: skip
+    else:
+        i_n = i_part % BLOCKS_N
+        o_n = i_n * BLOCK_N_BC
+        i_part //= BLOCKS_N
+        i_g = i_part // STEP_BC
+        i_part %= STEP_BC
+        i_first = i_g * (H // G) + i_part
+        o_l = i_c * K + i_half * Q
+        o_far = i_c * K + (1 - i_half) * Q
+        grad_bc_rows(
+            i_b, i_c, i_half, i_n, i_g, i_part, i_first, STEP_BC, o_n, o_l, o_far, x, dy, B, C, seq, states,
+            grad_states, rows, dB, dC, lines, crossing, L, CHUNKS, NB, H, G, P, N, Q, HALVES, HEADS_BC, LINES, BLOCK_P,
+            BLOCK_N_BC, P2, N2, DIRECTIONS, True, BACKWARD, SETS, SHIFT, HAS_SEQ, STAGES_BC, TMA, PRECISION,
+        )  # fmt: skip
 
 
 def gradients(
@@ -153,138 +139,67 @@ def gradients(
     dy: Tensor,
     B: tuple[Tensor, Tensor],
     C: tuple[Tensor, Tensor],
+    states: Tensor,
     grad_states: Tensor,
     rows: Tensor,
     lines: Tensor,
     *,
-    states: Tensor | None = None,
-    D: Tensor | None = None,
+    D: Tensor | None,
     seq_idx: Tensor | None,
-    of_bc: bool = True,
-    of_x: bool = True,
-) -> tuple[GradBC | None, GradX | None]:
-    """Both stages, or one of them: `of_bc`, which reads `states`, and `of_x`, which reads `D`. Each writes its lines of
-    `lines`. B, C: pairs (forward, backward)."""
+) -> tuple[GradBC, GradX]:
+    """What `grad_bc` and `grad_x` give, with their lines of `lines`. Where the sides have matrices of their own the
+    backward one is a launch by itself."""
     two = problem.two_matrices
-    row_blocks = _row_blocks(problem, config)
-    crossing = dx = dD = None
-    if of_bc:
-        shape = (row_blocks, problem.h, 2, problem.n2 // config.grad_bc_block_n)
-        crossing = torch.empty(shape, dtype=torch.float32, device=x.device)
-    if of_x:
-        dx = torch.empty_like(x)
-        if D is not None:
-            # A row block that lies wholly beyond the end is left out: its part must read as zero
-            make = torch.empty if problem.b * problem.parts(config) == row_blocks else torch.zeros
-            dD = make((row_blocks, *D.shape), dtype=torch.float32, device=x.device)
-    # One launch; two where grad_bc takes the sides apart: the second has nothing to share with grad_x
-    sides = [(True, problem.bidirectional and not two)] + ([(False, True)] if two and of_bc else [])
-    sums = []
-    for i, (forward, backward) in enumerate(sides):
-        with_x = of_x and i == 0
-        dB, dC = _room(problem, config, B[i], C[i]) if of_bc else (None, None)
-        cut_twice = config.tma and of_bc and with_x and config.block_n != config.grad_bc_block_n
-        form = (of_bc, with_x, forward, backward, 0 if D is None else D.dim(), seq_idx is not None)
-        _launch(problem, config, *form)(
-            x=x,
-            dy=dy,
-            B=B[i],
-            C=C[i],
-            B_x=B[i] if cut_twice else None,
-            C_x=C[i] if cut_twice else None,
-            B_back=B[1] if two and with_x else None,
-            C_back=C[1] if two and with_x else None,
-            D=D if with_x else None,
-            seq=seq_idx,
-            states=states,
-            grad_states=grad_states,
-            grad_states_x=grad_states if cut_twice else None,
-            rows=rows,
-            rows_x=rows if with_x and _row_tma(config) else None,
-            dB=dB,
-            dC=dC,
-            dx=dx if with_x else None,
-            lines=lines,
-            crossing=crossing,
-            dD=dD if with_x else None,
-        )
-        sums.append((dB, dC))
-    return (
-        None if crossing is None else GradBC(*_summed(problem, config, sums, B, C), crossing),
-        None if dx is None else GradX(dx, dD),
+    crossing = room_for_crossing(problem, config, x.device)
+    dB, dC = room_for_sums(problem, config, B[0], C[0])
+    dx, dD = room_for_x(problem, config, x, D)
+    cut_twice = config.tma and config.block_n != config.grad_bc_block_n
+    _launch(problem, config, 0 if D is None else D.dim(), seq_idx is not None)(
+        x=x,
+        dy=dy,
+        B=B[0],
+        C=C[0],
+        B_x=B[0] if cut_twice else None,
+        C_x=C[0] if cut_twice else None,
+        B_back=B[1] if two else None,
+        C_back=C[1] if two else None,
+        D=D,
+        seq=seq_idx,
+        states=states,
+        grad_states=grad_states,
+        grad_states_x=grad_states if cut_twice else None,
+        rows=rows,
+        rows_x=rows if config.tma and config.grad_x_row_tma else None,
+        dB=dB,
+        dC=dC,
+        dx=dx,
+        lines=lines,
+        crossing=crossing,
+        dD=dD,
     )
-
-
-def _row_blocks(problem: Problem, config: Config) -> int:
-    return problem.b * problem.chunks(config) * config.halves
-
-
-def _row_tma(config: Config) -> bool:
-    return config.tma and config.grad_x_row_tma
-
-
-def _parts(problem: Problem, config: Config) -> int:
-    """Of the heads of a group, each by a program of grad_bc of its own."""
-    return problem.h // problem.g // config.grad_bc_heads
-
-
-def _whole(problem: Problem, config: Config) -> bool:
-    """Whether a launch writes dB and dC themselves, and not parts that remain to be summed."""
-    return _parts(problem, config) == 1 and not problem.shift and (problem.untied or not problem.two_matrices)
-
-
-def _room(problem: Problem, config: Config, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """For dB and dC of a launch."""
-    if _whole(problem, config):
-        return torch.empty_like(B), torch.empty_like(C)
-    shape = (_parts(problem, config) * problem.b, *B.shape[1:])
-    dB, dC = (torch.empty(shape, dtype=torch.float32, device=B.device) for _ in range(2))
-    return dB, dC
-
-
-def _summed(
-    problem: Problem, config: Config, sums: list, B: tuple[Tensor, Tensor], C: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dB, dC, and those of the backward direction, from what the launches wrote."""
-    (dB, dC), (dB_back, dC_back) = sums[0], sums[-1]
-    if not problem.two_matrices:
-        if not _whole(problem, config):
-            dB, dC = reduce_parts([dB], B[0]), reduce_parts([dC], C[0])
-        return dB, dC, None, None
-    if _whole(problem, config):
-        return dB, dC, dB_back, dC_back
-    # A reader i used row i - 1 of C forward and row i + 1 backward: row l collects from readers l + 1 and l - 1
-    step = 1 if problem.shift else 0
-    if problem.untied:
-        return (
-            reduce_parts([dB], B[0]),
-            reduce_parts([dC], C[0], [step]),
-            reduce_parts([dB_back], B[1]),
-            reduce_parts([dC_back], C[1], [-step]),
-        )
-    return reduce_parts([dB, dB_back], B[0]), reduce_parts([dC, dC_back], C[0], [step, -step]), None, None
+    sides = [(dB, dC)]
+    if two:
+        common = (problem, config, x, dy, B, C, states, grad_states, rows, lines, crossing, seq_idx)
+        sides.append(one_side(*common, forward=False, backward=True))
+    return GradBC(*sum_sides(problem, config, sides, B, C), crossing), GradX(dx, dD)
 
 
 @once_a_form
-def _launch(
-    problem: Problem, config: Config, of_bc: bool, of_x: bool, forward: bool, backward: bool, dims_D: int, seq: bool
-) -> Launch:
+def _launch(problem: Problem, config: Config, dims_D: int, seq: bool) -> Launch:
     """`dims_D`: 0 where there is no D. `seq`: whether it is there."""
     b, q, chunks, width = problem.b, config.rows, problem.chunks(config), config.grad_bc_block_n
     wide = tiles((b, problem.l, problem.h, problem.p), q, config.block_p)
-    shape = (b, problem.l, problem.g, problem.n)
-    narrow_bc, narrow_x = tiles(shape, q, width), tiles(shape, q, config.block_n)
-    sums = tiles((_parts(problem, config) * b, *shape[1:]), q, width)
-    states_bc, states_x = (line_tiles(problem.states_shape(config), config.block_p, n) for n in (width, config.block_n))
-    narrow, states = (narrow_bc, states_bc) if of_bc else (narrow_x, states_x)
+    shape, of_states = (b, problem.l, problem.g, problem.n), problem.states_shape(config)
+    narrow, states = tiles(shape, q, width), line_tiles(of_states, config.block_p, width)
+    narrow_x, states_x = tiles(shape, q, config.block_n), line_tiles(of_states, config.block_p, config.block_n)
+    sums = tiles((bc_parts(problem, config) * b, *shape[1:]), q, width)
     descriptors = dict(x=wide, dy=wide, dx=wide, B=narrow, C=narrow, states=states, grad_states=states)
     descriptors |= dict(B_x=narrow_x, C_x=narrow_x, B_back=narrow_x, C_back=narrow_x, grad_states_x=states_x)
     descriptors |= dict(dB=sums, dC=sums, rows_x=line_tiles(problem.rows_shape(config), 1, q))
-    parts = (problem.h // config.grad_bc_heads) * (problem.n2 // width) * of_bc
-    parts += (problem.h // config.grad_x_heads) * of_x
+    parts = problem.h // config.grad_bc_heads * (problem.n2 // width) + problem.h // config.grad_x_heads
     return Launch(
         gradients_kernel,
-        _row_blocks(problem, config) * parts,
+        problem.row_blocks(config) * parts,
         problem.device,
         descriptors if config.tma else {},
         L=problem.l,
@@ -305,10 +220,6 @@ def _launch(
         BLOCK_N_X=config.block_n,
         P2=problem.p2,
         N2=problem.n2,
-        BC=of_bc,
-        X=of_x,
-        FORWARD=forward,
-        BACKWARD=backward,
         BIDIRECTIONAL=problem.bidirectional,
         UNTIED=problem.untied,
         SHIFT=problem.shift,
@@ -318,7 +229,7 @@ def _launch(
         STAGES_BC=config.grad_bc_stages,
         STAGES_X=config.grad_x_stages,
         TMA=config.tma,
-        ROW_TMA=of_x and _row_tma(config),
+        ROW_TMA=config.tma and config.grad_x_row_tma,
         PRECISION=problem.precision,
         num_warps=config.grad_warps,
     )

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .choose import Problem, choose
 from .gate import grad_gate
+from .grad_bc import grad_bc
 from .grad_dt import grad_dt
+from .grad_x import grad_x
 from .gradients import gradients
 from .output import scan_output
 from .states import chunk_states
@@ -96,14 +98,13 @@ def scan_backward(
         grad=True,
     )
     lines = torch.empty(problem.lines_shape(config), dtype=torch.float32, device=t.x.device)
-    common = (problem, config, t.x, dy, t.B, t.C, grad_states, rows, lines)
     if keeps and config.together:
-        of_bc, of_x = gradients(*common, states=states, D=t.D, seq_idx=t.seq_idx)
+        common = (problem, config, t.x, dy, t.B, t.C, states, grad_states, rows, lines)
+        of_bc, of_x = gradients(*common, D=t.D, seq_idx=t.seq_idx)
     else:
-        of_bc, _ = gradients(*common, states=states, seq_idx=t.seq_idx, of_x=False)
+        of_bc = grad_bc(problem, config, t.x, dy, t.B, t.C, states, grad_states, rows, lines, seq_idx=t.seq_idx)
         del states  # where they were recomputed, dx takes their place
-        _, of_x = gradients(*common, D=t.D, seq_idx=t.seq_idx, of_bc=False)
-    assert of_bc is not None and of_x is not None
+        of_x = grad_x(problem, config, t.x, dy, t.B, t.C, grad_states, rows, lines, D=t.D, seq_idx=t.seq_idx)
     shape = (problem.b * problem.parts(config), 2, problem.sets * problem.h)
     heads = torch.empty(shape, dtype=torch.float32, device=t.x.device)
     for i in range(problem.sets):
