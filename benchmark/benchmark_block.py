@@ -98,8 +98,10 @@ def bytes_moved(block: BiMamba2, u: Tensor) -> dict[str, int]:
         "norm_grad_kernel": 5 * x,
         "states_kernel": 4 * x + 2 * matrix + states(forward.chunk * forward.fill) + states(backward.chunk) + again,
         "output_kernel": 2 * x + 2 * matrix + states(forward.chunk),  # some of them it reads, the others it writes
-        # dx and dB, dC beside each other read x, dy and the gradients of the states from memory once
+        # Side by side they read x, dy and the gradients of the states from memory once
         "gradients_kernel": 3 * x + 4 * matrix + 2 * states(backward.rows),
+        "grad_bc_kernel": 2 * x + 4 * matrix + 2 * states(backward.rows),
+        "grad_x_kernel": 3 * x + 2 * matrix + states(backward.rows),
     }
 
 
