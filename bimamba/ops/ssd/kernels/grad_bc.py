@@ -470,7 +470,7 @@ def _launch(problem: Problem, config: Config, forward: bool, backward: bool, seq
     descriptors = dict(x=wide, dy=wide, B=narrow, C=narrow, states=states, grad_states=states, dB=sums, dC=sums)
     return Launch(
         grad_bc_kernel,
-        b * chunks * (problem.h // config.grad_bc_heads) * (problem.n2 // width) * config.halves,
+        problem.row_blocks(config) * (problem.h // config.grad_bc_heads) * (problem.n2 // width),
         problem.device,
         descriptors if config.tma else {},
         L=problem.l,

@@ -493,7 +493,7 @@ def _launch(problem: Problem, config: Config, dims_D: int, seq: bool) -> Launch:
         descriptors["rows"] = line_tiles(problem.rows_shape(config), 1, q)
     return Launch(
         grad_x_kernel,
-        problem.b * chunks * (problem.h // config.grad_x_heads) * config.halves,
+        problem.row_blocks(config) * (problem.h // config.grad_x_heads),
         problem.device,
         descriptors if tma else {},
         L=problem.l,
