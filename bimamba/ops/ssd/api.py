@@ -260,6 +260,8 @@ def _describe(value) -> str:
 def _expect(name: str, value, shape: tuple[int, ...], axes: str, x: Tensor, dtypes=FLOATS, optional=True) -> None:
     if value is None and optional:
         return
+    if isinstance(value, Tensor) and value.shape == shape and value.dtype in dtypes and value.device == x.device:
+        return
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor {axes} = {shape}, got {_describe(value)}")
     if tuple(value.shape) != shape:
