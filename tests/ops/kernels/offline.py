@@ -1,8 +1,8 @@
 """Compiles what the launchers launch, without a GPU: `python tests/ops/kernels/offline.py cuda:90 bfloat16 '{"b": 8}'`.
 
 The launchers run on empty CPU tensors with `JITFunction.run` replaced: it takes the very arguments of each launch and
-compiles the kernel for the target asked for. Prints kernel, registers, spills, shared memory and known faults of the
-compiler, one line each. Runs without TRITON_INTERPRET alone.
+compiles the kernel for the target asked for. Prints kernel, registers, spills and shared memory, one line each. Runs
+without TRITON_INTERPRET alone.
 """
 
 import json
@@ -55,39 +55,8 @@ def resources(binary: bytes) -> dict:
         file.write(binary)
         file.flush()
         tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        usage, sass = (
-            subprocess.run([tool, what, file.name], capture_output=True, text=True).stdout
-            for what in ("-res-usage", "-sass")
-        )
-    found = {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", usage)}
-    return found | {"wrong_sums": wrong_sums(sass)}
-
-
-def wrong_sums(sass: str) -> list[str]:
-    """64-bit sums in uniform registers that take both halves of a number from one register.
-
-    ptxas 12.8 made such of the addresses of a matrix product's tiles in shared memory, for which any register would do
-    that nobody wrote between: dB and dC over halves of a chunk at n = 16, with the number of heads constexpr (commit
-    f453212), read beyond that memory on an H100. Elsewhere such a kernel may find some memory, and be wrong.
-    """
-    written: dict[str, int] = {}  # how often, by register
-    low: dict[str, tuple] = {}  # by the predicate that carries: the lower half's instruction and what it reads
-    wrong = []
-    for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([^;]*\S) *;", sass):
-        name, *operands = re.split(r",? +", line)
-        predicates = [o for o in operands if re.fullmatch(r"!?UP[\dT]", o)]
-        target, *sources = [o for o in operands if o not in predicates] or [""]
-        if name == "UIADD3.X" and predicates[-2] in low:
-            first, register, times = low[predicates[-2]]
-            if register == sources[0] != "URZ" and times == written.get(register, 0):
-                wrong.append(f"{first}; {line}")
-        if re.fullmatch(r"UR\d+", target) and not name.startswith(("UTMA", "UBLK", "SYNCS")):
-            for k in range(2 if re.search(r"\.64|\.WIDE", name) else 1):
-                register = f"UR{int(target[2:]) + k}"
-                written[register] = written.get(register, 0) + 1
-        if name == "UIADD3" and predicates:
-            low[predicates[0]] = (line, sources[0], written.get(sources[0], 0))
-    return wrong
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    return {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", text)}
 
 
 def compile_all(target: str, dtype: torch.dtype, flags: dict, config: dict) -> list[dict]:

@@ -6,6 +6,7 @@ every gradient, as norms over many heads: dA of one head is a sum over all token
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from problems import assert_close, leaves, problem, rebuilt, relative_error, res
 
 from bimamba.ops.ssd.api import bimamba_chunk_scan_combined
 from bimamba.ops.ssd.chunked import ssd_chunked
-from bimamba.ops.ssd.kernels.choose import forced
+from bimamba.ops.ssd.kernels.choose import LITTLE, forced
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -58,6 +59,16 @@ def test_states_recomputed(run, h, n):
     a = problem(b=32, l=1024, h=h, p=64, g=1, n=n, dtype=torch.bfloat16, device="cuda", D="h")
     got, saved = (results(partial(run, save_states=keep), a) for keep in (False, True))
     assert_close(got, saved, BOUNDS[torch.bfloat16])
+
+
+@pytest.mark.parametrize("p, n", [*itertools.product([16, 32, 64, 128], [16, 32, 64, 128]), (64, 256)])
+def test_descriptors(run, p, n):
+    """Sizes for which the rule takes descriptors, states saved and recomputed."""
+    a = problem(b=4, l=1100, h=64, p=p, g=2, n=n, dtype=torch.bfloat16, device="cuda", D="h")
+    assert a["x"].numel() > LITTLE
+    expected = exact(a)
+    for keep in (True, False):
+        assert_close(results(partial(run, save_states=keep), a), expected, BOUNDS[torch.bfloat16])
 
 
 @pytest.mark.parametrize("p, n", [(1, 1), (3, 5), (100, 50), (256, 256)])
