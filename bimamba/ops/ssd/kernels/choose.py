@@ -166,8 +166,8 @@ def layout(problem: Problem, saved: bool) -> Layout:
 
     H100, b8 l2048 h24 p64 n64 bf16, us: chunk 64: states 75, output 80, grad_x 114, grad_bc 138; filled in: states 56,
     output 99; chunk 128 in halves: states 55, output 74, grad_x 144, grad_bc 230. So chunk 64 where the gradients find
-    the states (filled in: 2-8 % faster where heads are few, but 2-4 % slower up to n = 32, whose states are small), and chunk
-    128 where no gradient follows, and, for its memory, where the states are recomputed.
+    the states (filled in: 2-8 % faster where heads are few, but 2-4 % slower up to n = 32, whose states are small), and
+    chunk 128 where no gradient follows, and, for its memory, where the states are recomputed.
     """
     if "chunk" in _forced or "halves" in _forced or "fill" in _forced:
         halves = _forced.get("halves", 1)
