@@ -1,0 +1,61 @@
+"""`python -m bimamba.doctor` on a machine without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bimamba import doctor
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "standard_time", lambda device: (1.0, 2.0, 0.0))
+
+
+def test_says_what_runs_here_and_that_it_is_right(capsys, monkeypatch):
+    monkeypatch.delenv("BIMAMBA_BACKEND", raising=False)
+    assert doctor.main() == 0
+    said = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in said and "backend: torch" in said
+    assert "parity float32: ok, worst" in said and "ddt_bias" in said
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_one_wrong_gradient_is_an_error(wrong, capsys, monkeypatch):
+    right = doctor.outputs
+
+    def outputs(t, backend, **options):
+        got = right(t, "torch", **options)
+        return got | {"dB": got["dB"] * wrong} if backend == "auto" else got
+
+    monkeypatch.setattr(doctor, "outputs", outputs)
+    assert doctor.main() == 1
+    assert "parity float32: BEYOND 1e-05, worst dB" in capsys.readouterr().out
+
+
+def test_sixteen_bits_are_checked_with_states_saved_and_recomputed(monkeypatch, capsys):
+    asked = []
+
+    def parity(dtype, device, sizes, **options):
+        asked.append((dtype, sizes, options.get("save_states")))
+        return {"y": 0.0}
+
+    monkeypatch.setattr(doctor, "parity", parity)
+    monkeypatch.setattr(doctor, "choose_backend", lambda *_: "triton")
+    monkeypatch.setattr(doctor, "triton_unavailable", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
+    assert doctor.main() == 0
+    for dtype in (torch.bfloat16, torch.float16):
+        assert [a[1:] for a in asked if a[0] == dtype] == [
+            (doctor.SMALL, None),
+            (doctor.LARGE, True),
+            (doctor.LARGE, False),
+        ]
+    assert [a[1:] for a in asked if a[0] == torch.float32] == [(doctor.SMALL, None)]
+    assert "expected about 0.45 ms (measured on H100)" in capsys.readouterr().out
