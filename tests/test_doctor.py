@@ -35,14 +35,24 @@ def test_one_wrong_gradient_is_an_error(wrong, capsys, monkeypatch):
     assert "parity float32: BEYOND 1e-05, worst dB" in capsys.readouterr().out
 
 
-def test_sixteen_bits_are_checked_with_states_saved_and_recomputed(monkeypatch, capsys):
-    asked = []
+def test_parity_is_that_of_the_sizes_and_options_asked_for(monkeypatch):
+    asked, right = [], doctor.outputs
 
-    def parity(dtype, device, sizes, **options):
-        asked.append((dtype, sizes, options.get("save_states")))
-        return {"y": 0.0}
+    def outputs(t, backend, **options):
+        asked.append((backend, tuple(t["x"].shape), t["B"].shape[-1], t["x"].dtype, options))
+        return right(t, "torch", **options)
 
-    monkeypatch.setattr(doctor, "parity", parity)
+    monkeypatch.setattr(doctor, "outputs", outputs)
+    errors = doctor.parity(torch.bfloat16, "cpu", (1, 40, 4, 16, 2, 8), save_states=True)
+    assert asked == [
+        ("auto", (1, 40, 4, 16), 8, torch.bfloat16, {"save_states": True}),
+        ("torch", (1, 40, 4, 16), 8, torch.float64, {}),
+    ]
+    assert list(errors) == ["y", "dx", "ddt", "dA", "dB", "dC", "dD", "ddt_bias"] and 1e-4 < errors["dx"] < 1e-2
+
+
+@pytest.fixture
+def gpu(monkeypatch):
     monkeypatch.setattr(doctor, "choose_backend", lambda *_: "triton")
     monkeypatch.setattr(doctor, "triton_unavailable", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -50,12 +60,30 @@ def test_sixteen_bits_are_checked_with_states_saved_and_recomputed(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
-    assert doctor.main() == 0
-    for dtype in (torch.bfloat16, torch.float16):
-        assert [a[1:] for a in asked if a[0] == dtype] == [
-            (doctor.SMALL, None),
-            (doctor.LARGE, True),
-            (doctor.LARGE, False),
-        ]
-    assert [a[1:] for a in asked if a[0] == torch.float32] == [(doctor.SMALL, None)]
-    assert "expected about 0.45 ms (measured on H100)" in capsys.readouterr().out
+
+
+def test_sixteen_bits_are_checked_with_states_saved_and_recomputed(gpu, monkeypatch, capsys):
+    asked = []
+
+    def parity(dtype, device, sizes, **options):
+        asked.append((dtype, sizes, options.get("save_states")))
+        return {"y": 1.0 if asked[-1] == (torch.bfloat16, doctor.LARGE, True) else 0.0}
+
+    monkeypatch.setattr(doctor, "parity", parity)
+    assert doctor.main() == 1
+    cases = [(doctor.SMALL, None), (doctor.LARGE, True), (doctor.LARGE, False)]
+    for dtype, expected in ((torch.bfloat16, cases), (torch.float16, cases), (torch.float32, cases[:1])):
+        assert [a[1:] for a in asked if a[0] == dtype] == expected
+    said = capsys.readouterr().out
+    assert "parity bfloat16, states saved: BEYOND 0.004" in said and "parity bfloat16, states recomputed: ok" in said
+    assert "expected about 0.45 ms (measured on H100)" in said
+
+
+def test_the_large_problem_is_one_for_descriptors():
+    pytest.importorskip("triton")
+    from bimamba.ops.ssd.kernels.choose import LITTLE
+
+    b, l, h, p, *_ = doctor.LARGE
+    assert b * l * h * p > LITTLE
+    b, l, h, p, *_ = doctor.SMALL
+    assert b * l * h * p <= LITTLE

@@ -72,7 +72,8 @@ class Launch:
         self, kernel: Any, programs: int, device: torch.device, tiles: dict[str, Tiles] | None = None, **settings: Any
     ) -> None:
         self.kernel, self.programs, self.index = kernel, programs, device.index
-        # Sums of products in one rounding: Triton 3.9 warns where nobody says so, later versions are to round twice
+        # Sums of products in one rounding, whatever TRITON_DEFAULT_FP_FUSION says: Triton 3.9 warns where neither is
+        # given, and later versions are to round twice
         self.settings = {"enable_fp_fusion": True, **settings}
         self.tiles = {k: v for k, v in (tiles or {}).items() if v is not None}
         # else the interpreter, or tests that only compile
@@ -105,7 +106,7 @@ class Launch:
         seen = (self, stream, *addresses, *kinds)
         call = None if watched else _calls.get(seen)
         if call is not None:
-            function, arguments = call
+            function, arguments, _ = call
             function(*arguments)
             return
         if torch.version.hip is not None:  # there Triton compiles for tensors below 2 GB what others must not run
@@ -121,11 +122,11 @@ class Launch:
                 addresses[i] = tiles.of(values[i])
         # None: metadata and hooks, which are for watchers
         given = (self.programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None)
-        function, arguments = call = _call_of(compiled.run, (*given, *addresses, *self.tail))
+        function, arguments = _call_of(compiled.run, (*given, *addresses, *self.tail))
         if function is not compiled.run:
             if len(_calls) >= CALLS:
                 _calls.clear()
-            _calls[seen] = call
+            _calls[seen] = function, arguments, compiled
         function(*arguments)
 
     def _by_triton(self, tensors: dict[str, Tensor | None]) -> Any:
@@ -138,7 +139,8 @@ class Launch:
 
 
 CALLS = 4096  # 20 MB; a step of 24 blocks makes 800
-_calls: dict[tuple, tuple[Any, tuple]] = {}  # what launches pass to the driver: see `_call_of`
+# What launches pass to the driver (see `_call_of`), and the compiled kernel, whose code leaves the GPU with it
+_calls: dict[tuple, tuple[Any, tuple, Any]] = {}
 
 # Compiled kernels by dtypes and alignment of the tensors, for each form of a launch: many lengths share one
 _compiled: dict[tuple, dict[tuple, Any]] = {}
@@ -162,14 +164,14 @@ def _form(kernel: JITFunction, settings: dict[str, Any]) -> list[tuple]:
 def _call_of(launcher: Any, arguments: tuple) -> tuple[Any, tuple]:
     """The call of the driver that `launcher(*arguments)` ends in, as (function, arguments).
 
-    Triton's launcher encodes each descriptor anew and walks over all arguments for it, 40 us a launch of the gradients
+    Triton's launcher encodes each descriptor anew and walks over all arguments for it, 70 us a launch of both gradients
     on an H100's host; of the same addresses comes the same. So it runs once with a function in the driver's place that
-    notes what it is handed. Where it is none of the launchers known here (Triton 3.6 to 3.9, NVIDIA), or wants memory
-    of its own for each launch: `launcher, arguments` as they are.
+    notes what it is handed: Triton 3.6 to 3.9 on NVIDIA. `launcher, arguments` as they are where it works otherwise, or
+    hands over something new each time (memory of its own, the sanitizer's index).
     """
     inner = getattr(launcher, "launch", None)
-    scratch = [getattr(launcher, f"{kind}_scratch_size", 1) for kind in ("global", "profile")]
-    if inner is None or any(scratch) or torch.version.hip is not None:
+    anew = [getattr(launcher, f"{kind}_scratch_size", 1) for kind in ("global", "profile")]
+    if inner is None or any(anew) or getattr(launcher, "gsan_enabled", False) or torch.version.hip is not None:
         return launcher, arguments
     handed: list[tuple] = []
 
@@ -187,7 +189,7 @@ def _call_of(launcher: Any, arguments: tuple) -> tuple[Any, tuple]:
     watching = copy.copy(launcher)
     watching.launch = noting
     watching(*arguments)
-    return function, handed[0]
+    return (function, handed[0]) if len(handed) == 1 else (launcher, arguments)
 
 
 def _watched() -> bool:

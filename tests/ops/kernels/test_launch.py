@@ -63,6 +63,7 @@ def test_second_call_goes_past_triton():
     assert [sorted(a) for a in kernel.by_triton] == [given] * 2  # out=None is another
     address = (second.data_ptr(), first.data_ptr())
     assert kernel.direct == [(3, 1, 1, "stream 0", "f", "m", None, None, None, *address, 5, 16)]
+    assert not module._calls  # the launcher is none of Triton's
 
 
 def test_other_dtypes_and_alignments_are_compiled_anew():
@@ -95,87 +96,163 @@ def test_descriptors_are_of_the_tensor_of_the_call():
     assert len(kernel.by_triton) == 2  # blocks are compiled for
 
 
-@pytest.fixture
-def launcher(monkeypatch):
-    """Triton's own launcher of a kernel with x by descriptor, above a driver that notes its calls; and those notes."""
-    nvidia = pytest.importorskip("triton.backends.nvidia.driver")
-    calls, encoded = [], []
+class Driver:
+    """In the place of Triton's functions in C: notes launches, and the descriptors that are encoded."""
 
-    def encode(*values):
-        encoded.append(values)
+    def __init__(self) -> None:
+        self.launches: list[tuple] = []
+        self.encoded: list[tuple] = []
+
+    def __call__(self, *values):
+        self.launches.append(values)
+
+    def encode(self, *values):
+        self.encoded.append(values)
         return values  # the same for the same
-
-    def call(*values):
-        calls.append(values)
-
-    utils = SimpleNamespace(launch=call, fill_tma_descriptor=encode, fill_tma_descriptor_tiled=encode)
-    active = SimpleNamespace(utils=utils, map_python_to_cpp_type=nvidia.ty_to_cpp, get_current_device=lambda: 0)
-    monkeypatch.setattr(module.triton.runtime.driver, "_active", active)
-    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: SimpleNamespace(launch=call), raising=False)
-    monkeypatch.setattr(nvidia, "library_dirs", list, raising=False)
-    for made_in_c in ("annotate_arguments", "make_kernel_signature"):
-        monkeypatch.setattr(nvidia, made_in_c, tuple, raising=False)
-    meta = dict(swizzle=3, elem_size=2, elem_type=10, block_size=[2, 8], fp4_padded=False)
-    metadata = SimpleNamespace(tensordesc_meta=[meta], num_ctas=1, launch_cooperative_grid=False, launch_pdl=False)
-    for kind in ("global", "profile"):
-        setattr(metadata, f"{kind}_scratch_size", 0)
-        setattr(metadata, f"{kind}_scratch_align", 1)
-    signature = {"x": "tensordesc<bf16[2,8]>", "out": "*bf16", "L": "i32", "Q": "constexpr"}
-    names = SimpleNamespace(arg_names=list(signature))
-    source = SimpleNamespace(constants={"Q": 16}, signature=signature, fn=names)
-    return nvidia.CudaLauncher(source, metadata), calls, encoded
 
 
 class Launched(Kernel):
-    """Compiled to what runs by `launcher`."""
+    """Compiled to functions 1, 2, ..., which run by Triton's own launcher."""
 
-    launcher = None
+    def __init__(self, launcher) -> None:
+        super().__init__()
+        self.launcher = launcher
 
     def __getitem__(self, grid):
         def compiled(**arguments):
-            return SimpleNamespace(run=self.launcher, function=7, packed_metadata=(4, 1))
+            self.by_triton.append(arguments)
+            return SimpleNamespace(run=self.launcher, function=len(self.by_triton), packed_metadata=(4, 1))
 
         return compiled
 
 
-def test_the_drivers_call_is_kept(launcher, stand_ins):
-    kernel, calls, encoded = Launched(), *launcher[1:]
-    kernel.launcher = launcher[0]
+@pytest.fixture
+def driver(monkeypatch):
+    nvidia = pytest.importorskip("triton.backends.nvidia.driver")
+    driver = Driver()
+    utils = SimpleNamespace(launch=driver, fill_tma_descriptor=driver.encode, fill_tma_descriptor_tiled=driver.encode)
+    active = SimpleNamespace(utils=utils, map_python_to_cpp_type=nvidia.ty_to_cpp, get_current_device=lambda: 0)
+    monkeypatch.setattr(module.triton.runtime.driver, "_active", active)
+    monkeypatch.setattr(nvidia, "compile_module_from_src", lambda **_: SimpleNamespace(launch=driver), raising=False)
+    monkeypatch.setattr(nvidia, "library_dirs", list, raising=False)
+    for made_in_c in ("annotate_arguments", "make_kernel_signature"):
+        monkeypatch.setattr(nvidia, made_in_c, tuple, raising=False)
+    return driver
+
+
+def triton_launcher(x: str = "tensordesc<bf16[2,8]>"):
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    meta = dict(swizzle=3, elem_size=2, elem_type=10, block_size=[2, 8], fp4_padded=False)
+    meta = [meta] if "tensordesc" in x else []
+    metadata = SimpleNamespace(tensordesc_meta=meta, num_ctas=1, launch_cooperative_grid=False, launch_pdl=False)
+    for kind in ("global", "profile"):
+        setattr(metadata, f"{kind}_scratch_size", 0)
+        setattr(metadata, f"{kind}_scratch_align", 1)
+    signature = {"x": x, "out": "*bf16", "L": "i32", "Q": "constexpr"}
+    names = SimpleNamespace(arg_names=list(signature))
+    return CudaLauncher(SimpleNamespace(constants={"Q": 16}, signature=signature, fn=names), metadata)
+
+
+TILES = {"x": Tiles([4, 8], [8, 1], [2, 8])}
+
+
+def same_launch(driver: Driver, launcher, stream, function: int, x, out, length: int = 5) -> bool:
+    """Whether the last launch is what Triton's launcher makes of these."""
+    given = (3, 1, 1, stream, function, (4, 1), None, None, None)
+    launcher(*given, x, out.data_ptr(), length, 16)
+    by_launch, by_triton = driver.launches[-2:]
+    return by_launch == by_triton
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_the_drivers_call_is_kept(described, driver, stand_ins):
+    launcher = triton_launcher(*[] if described else ["*bf16"])
+    kernel = Launched(launcher)
     stand_ins.get_current_stream = lambda index: stream
-    kept = launch(kernel, tiles={"x": Tiles([4, 8], [8, 1], [2, 8])})
+    kept = launch(kernel, tiles=TILES if described else {})
     first, second = (torch.zeros(4, 8, dtype=torch.bfloat16) for _ in range(2))
     stream = 0
     kept(x=first, out=first)  # compiled here
     for x, stream in ((first, 0), (second, 0), (first, 0), (first, 5), (second, 0)):
         kept(x=x, out=first)
-        given = (3, 1, 1, stream, 7, (4, 1), None, None, None)
-        launcher[0](*given, kept.tiles["x"].of(x), first.data_ptr(), 5, 16)
-        by_launch, by_triton = calls[-2:]
-        assert by_launch == by_triton and by_launch[3] == stream
-    assert len(encoded) == 5 + 3  # Triton's own, and one for each stream and address
+        assert same_launch(driver, launcher, stream, 1, TILES["x"].of(x) if described else x.data_ptr(), first)
+    assert len(module._calls) == 3 and len(kernel.by_triton) == 1
+    assert len(driver.encoded) == (5 + 3 if described else 0)  # Triton's own, and one for each stream and address
 
 
-def test_calls_do_not_pile_up(launcher, monkeypatch):
+def test_what_differs_beside_the_address_is_another_call(driver):
+    launcher = triton_launcher()
+    kernel, x = Launched(launcher), torch.zeros(4, 8, dtype=torch.bfloat16)
+    short, long = launch(kernel, tiles=TILES), launch(kernel, 7, tiles=TILES)
+    for _ in range(3):
+        short(x=x, out=x)
+    assert same_launch(driver, launcher, "stream 0", 1, TILES["x"].of(x), x)
+    long(x=x, out=x)
+    assert same_launch(driver, launcher, "stream 0", 1, TILES["x"].of(x), x, length=7)
+    for _ in range(2):  # compiled, then launched
+        short(x=x.view(torch.float16), out=x)
+    assert driver.launches[-1][4] == 2
+
+
+def test_watchers_see_launches_whose_call_is_kept(driver, monkeypatch):
+    kernel, x = Launched(triton_launcher()), torch.zeros(4, 8, dtype=torch.bfloat16)
+    kept = launch(kernel, tiles=TILES)
+    for _ in range(2):
+        kept(x=x, out=x)
+    monkeypatch.setattr(module, "_watched", lambda: True)
+    kept(x=x, out=x)
+    assert len(module._calls) == 1 and len(kernel.by_triton) == 2 and len(driver.launches) == 1
+
+
+def test_calls_hold_their_kernel_and_no_tensor(driver):
+    """Triton unloads a kernel's code when it is dropped."""
+
+    def inside(values):
+        for v in values:
+            yield from inside(v) if isinstance(v, (tuple, list)) else [v]
+
+    kernel, x = Launched(triton_launcher()), torch.zeros(4, 8, dtype=torch.bfloat16)
+    kept = launch(kernel, tiles=TILES)
+    for _ in range(2):
+        kept(x=x, out=x)
+    ((_, arguments, compiled),) = module._calls.values()
+    assert compiled.function == 1
+    assert not [v for v in inside(arguments) if torch.is_tensor(v) or hasattr(v, "base")]
+
+
+def test_calls_do_not_pile_up(driver, monkeypatch):
     monkeypatch.setattr(module, "CALLS", 4)
-    kernel, x = Launched(), torch.zeros(64, 8, dtype=torch.bfloat16)
-    kernel.launcher = launcher[0]
-    kept = launch(kernel, tiles={"x": Tiles([4, 8], [8, 1], [2, 8])})
+    kernel, x = Launched(triton_launcher()), torch.zeros(64, 8, dtype=torch.bfloat16)
+    kept = launch(kernel, tiles=TILES)
     for i in range(11):
         kept(x=x[4 * i :], out=x)
-    assert len(module._calls) == 2 and len(launcher[1]) == 10
-    assert not any(torch.is_tensor(v) for call in module._calls.values() for v in call[1])
+    assert len(module._calls) == 2 and len(driver.launches) == 10
 
 
-def test_a_launcher_that_wants_memory_is_left_to_triton(launcher):
-    run, calls, _ = launcher
-    x = torch.zeros(4, 8, dtype=torch.bfloat16)
-    descriptor = Tiles([4, 8], [8, 1], [2, 8]).of(x)
-    given = (3, 1, 1, 0, 7, (4, 1), None, None, None, descriptor, x.data_ptr(), 5, 16)
-    assert module._call_of(run, given)[0] is not run
-    run.global_scratch_size = 128
-    assert module._call_of(run, given) == (run, given)
-    other = SimpleNamespace(global_scratch_size=0, profile_scratch_size=0, launch=lambda *a: calls)
-    assert module._call_of(other, given) == (other, given)
+def test_launchers_that_are_left_to_triton(driver, monkeypatch):
+    run, x = triton_launcher(), torch.zeros(4, 8, dtype=torch.bfloat16)
+    given = (3, 1, 1, 0, 7, (4, 1), None, None, None, TILES["x"].of(x), x.data_ptr(), 5, 16)
+    assert module._call_of(run, given)[0] is driver
+    for name, value in (("global_scratch_size", 128), ("profile_scratch_size", 128), ("gsan_enabled", True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, name, value, raising=False)
+            assert module._call_of(run, given) == (run, given), name
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0")
+        assert module._call_of(run, given) == (run, given)
+
+    class Other:
+        global_scratch_size = profile_scratch_size = 0
+
+        def __init__(self, launch):
+            self.launch = launch
+
+        def __call__(self, *values):
+            driver(*values)
+
+    for other in (Other(lambda *values: None), Other(driver), SimpleNamespace(launch=driver), SimpleNamespace()):
+        assert module._call_of(other, given) == (other, given)
 
 
 def test_a_device_that_is_not_current(stand_ins, monkeypatch):
@@ -198,7 +275,7 @@ def test_watchers_see_launches(monkeypatch):
     kept(x=x, out=x)
     monkeypatch.setattr(module, "_watched", lambda: True)
     kept(x=x, out=x)
-    assert len(kernel.by_triton) == 2 and not kernel.direct
+    assert len(kernel.by_triton) == 2 and not kernel.direct and not module._calls
 
 
 def test_bad_arguments():
