@@ -260,11 +260,9 @@ def _describe(value) -> str:
 def _expect(name: str, value, shape: tuple[int, ...], axes: str, x: Tensor, dtypes=FLOATS, optional=True) -> None:
     if value is None and optional:
         return
-    if isinstance(value, Tensor) and value.shape == shape and value.dtype in dtypes and value.device == x.device:
-        return
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor {axes} = {shape}, got {_describe(value)}")
-    if tuple(value.shape) != shape:
+    if value.shape != shape:
         raise ValueError(f"{name}: expected shape {axes} = {shape}, got {tuple(value.shape)}")
     if value.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)

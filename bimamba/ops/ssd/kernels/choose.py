@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,6 +60,12 @@ class Problem:
     def precision(self) -> str:
         """Of products of float32 tiles; bf16 and fp16 tiles have one way only."""
         return "tf32" if self.allow_tf32 else "ieee"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What every stage's kernels are compiled for."""
+        sizes = dict(L=self.l, H=self.h, G=self.g, P=self.p, N=self.n, P2=self.p2, N2=self.n2)
+        return sizes | dict(SHIFT=self.shift, PRECISION=self.precision)
 
     @property
     def two_matrices(self) -> bool:
@@ -136,6 +142,13 @@ class Config:
     @property
     def rows(self) -> int:
         return self.chunk // self.halves
+
+
+def gradient_settings(problem: Problem, config: Config, seq: bool) -> dict[str, Any]:
+    """What the kernels of dx and of dB, dC take, by themselves and in one launch. `seq`: whether it is there."""
+    settings = dict(CHUNKS=problem.chunks(config), Q=config.rows, HALVES=config.halves, LINES=problem.lines(config))
+    settings |= dict(BLOCK_P=config.block_p, HAS_SEQ=seq, TMA=config.tma, num_warps=config.grad_warps)
+    return problem.sizes | settings
 
 
 _forced: dict = {}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bimamba.ops.launch import Launch, once_a_form
 
-from .choose import Config, Problem
+from .choose import Config, Problem, gradient_settings
 from .common import (
     ROW_LINES,
     both_ways,
@@ -462,7 +462,7 @@ def sum_sides(
 
 @once_a_form
 def _launch(problem: Problem, config: Config, forward: bool, backward: bool, seq: bool) -> Launch:
-    b, q, chunks, width = problem.b, config.rows, problem.chunks(config), config.grad_bc_block_n
+    b, q, width = problem.b, config.rows, config.grad_bc_block_n
     wide = tiles((b, problem.l, problem.h, problem.p), q, config.block_p)
     narrow = tiles((b, problem.l, problem.g, problem.n), q, width)
     sums = tiles((bc_parts(problem, config) * b, problem.l, problem.g, problem.n), q, width)
@@ -473,29 +473,13 @@ def _launch(problem: Problem, config: Config, forward: bool, backward: bool, seq
         problem.row_blocks(config) * (problem.h // config.grad_bc_heads) * (problem.n2 // width),
         problem.device,
         descriptors if config.tma else {},
-        L=problem.l,
-        CHUNKS=chunks,
+        **gradient_settings(problem, config, seq),
         NB=b,
-        H=problem.h,
-        G=problem.g,
-        P=problem.p,
-        N=problem.n,
-        Q=q,
-        HALVES=config.halves,
         HEADS=config.grad_bc_heads,
-        LINES=problem.lines(config),
-        BLOCK_P=config.block_p,
         BLOCK_N=width,
-        P2=problem.p2,
-        N2=problem.n2,
         DIRECTIONS=problem.directions,
         FORWARD=forward,
         BACKWARD=backward,
         SETS=problem.sets,
-        SHIFT=problem.shift,
-        HAS_SEQ=seq,
         STAGES=config.grad_bc_stages,
-        TMA=config.tma,
-        PRECISION=problem.precision,
-        num_warps=config.grad_warps,
     )

@@ -15,7 +15,7 @@ Where the states are saved `gradients.py` launches both stages as one.
 
 # ruff: noqa: SIM108 - branches on constexpr flags compile one side only; ternaries and `and` would not
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bimamba.ops.launch import Launch, once_a_form
 
-from .choose import Config, Problem
+from .choose import Config, Problem, gradient_settings
 from .common import (
     ROW_LINES,
     both_ways,
@@ -479,46 +479,36 @@ def room_for_x(problem: Problem, config: Config, x: Tensor, D: Tensor | None) ->
     return dx, make((row_blocks, *D.shape), dtype=torch.float32, device=x.device)
 
 
+def x_settings(problem: Problem, config: Config, dims_D: int) -> dict[str, Any]:
+    """What the kernel of dx takes besides `gradient_settings`. `dims_D`: 0 where there is no D."""
+    settings = dict(BIDIRECTIONAL=problem.bidirectional, UNTIED=problem.untied, ROW_TMA=has_row_tma(config))
+    return settings | dict(HAS_D=dims_D > 0, D_CHANNELS=dims_D == 2)
+
+
+def has_row_tma(config: Config) -> bool:
+    """Whether descriptors fetch the sums and step sizes, too."""
+    return config.tma and config.grad_x_row_tma
+
+
 @once_a_form
 def _launch(problem: Problem, config: Config, dims_D: int, seq: bool) -> Launch:
     """`dims_D`: 0 where there is no D. `seq`: whether it is there."""
-    q, tma, chunks = config.rows, config.tma, problem.chunks(config)
-    row_tma = tma and config.grad_x_row_tma
+    q = config.rows
     wide = tiles((problem.b, problem.l, problem.h, problem.p), q, config.block_p)
     narrow = tiles((problem.b, problem.l, problem.g, problem.n), q, config.block_n)
     states = line_tiles(problem.states_shape(config), config.block_p, config.block_n)
     descriptors = dict(x=wide, dy=wide, dx=wide, grad_states=states)
     descriptors |= dict(B=narrow, C=narrow, B_back=narrow, C_back=narrow)
-    if row_tma:
+    if has_row_tma(config):
         descriptors["rows"] = line_tiles(problem.rows_shape(config), 1, q)
     return Launch(
         grad_x_kernel,
         problem.row_blocks(config) * (problem.h // config.grad_x_heads),
         problem.device,
-        descriptors if tma else {},
-        L=problem.l,
-        CHUNKS=chunks,
-        H=problem.h,
-        G=problem.g,
-        P=problem.p,
-        N=problem.n,
-        Q=q,
-        HALVES=config.halves,
+        descriptors if config.tma else {},
+        **gradient_settings(problem, config, seq),
+        **x_settings(problem, config, dims_D),
         HEADS=config.grad_x_heads,
-        LINES=problem.lines(config),
-        BLOCK_P=config.block_p,
         BLOCK_N=config.block_n,
-        P2=problem.p2,
-        N2=problem.n2,
-        BIDIRECTIONAL=problem.bidirectional,
-        UNTIED=problem.untied,
-        SHIFT=problem.shift,
-        HAS_SEQ=seq,
-        HAS_D=dims_D > 0,
-        D_CHANNELS=dims_D == 2,
         STAGES=config.grad_x_stages,
-        TMA=tma,
-        ROW_TMA=row_tma,
-        PRECISION=problem.precision,
-        num_warps=config.grad_warps,
     )

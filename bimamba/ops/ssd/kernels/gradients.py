@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bimamba.ops.launch import Launch, once_a_form
 
-from .choose import Config, Problem
+from .choose import Config, Problem, gradient_settings
 from .descriptors import line_tiles, tiles
 from .grad_bc import GradBC, bc_parts, grad_bc_rows, one_side, room_for_crossing, room_for_sums, sum_sides
-from .grad_x import GradX, grad_x_rows, room_for_x
+from .grad_x import GradX, grad_x_rows, has_row_tma, room_for_x, x_settings
 
 
 @triton.jit(do_not_specialize=["L", "CHUNKS", "NB", "GROUP"])
@@ -169,7 +169,7 @@ def gradients(
         grad_states=grad_states,
         grad_states_x=grad_states if cut_twice else None,
         rows=rows,
-        rows_x=rows if config.tma and config.grad_x_row_tma else None,
+        rows_x=rows if has_row_tma(config) else None,
         dB=dB,
         dC=dC,
         dx=dx,
@@ -187,7 +187,7 @@ def gradients(
 @once_a_form
 def _launch(problem: Problem, config: Config, dims_D: int, seq: bool) -> Launch:
     """`dims_D`: 0 where there is no D. `seq`: whether it is there."""
-    b, q, chunks, width = problem.b, config.rows, problem.chunks(config), config.grad_bc_block_n
+    b, q, width = problem.b, config.rows, config.grad_bc_block_n
     wide = tiles((b, problem.l, problem.h, problem.p), q, config.block_p)
     shape, of_states = (b, problem.l, problem.g, problem.n), problem.states_shape(config)
     narrow, states = tiles(shape, q, width), line_tiles(of_states, config.block_p, width)
@@ -202,34 +202,14 @@ def _launch(problem: Problem, config: Config, dims_D: int, seq: bool) -> Launch:
         problem.row_blocks(config) * parts,
         problem.device,
         descriptors if config.tma else {},
-        L=problem.l,
-        CHUNKS=chunks,
+        **gradient_settings(problem, config, seq),
+        **x_settings(problem, config, dims_D),
         NB=b,
         GROUP=config.group,
         HEADS_BC=config.grad_bc_heads,
         HEADS_X=config.grad_x_heads,
-        H=problem.h,
-        G=problem.g,
-        P=problem.p,
-        N=problem.n,
-        Q=q,
-        HALVES=config.halves,
-        LINES=problem.lines(config),
-        BLOCK_P=config.block_p,
         BLOCK_N_BC=width,
         BLOCK_N_X=config.block_n,
-        P2=problem.p2,
-        N2=problem.n2,
-        BIDIRECTIONAL=problem.bidirectional,
-        UNTIED=problem.untied,
-        SHIFT=problem.shift,
-        HAS_SEQ=seq,
-        HAS_D=dims_D > 0,
-        D_CHANNELS=dims_D == 2,
         STAGES_BC=config.grad_bc_stages,
         STAGES_X=config.grad_x_stages,
-        TMA=config.tma,
-        ROW_TMA=config.tma and config.grad_x_row_tma,
-        PRECISION=problem.precision,
-        num_warps=config.grad_warps,
     )
